@@ -1,0 +1,1 @@
+"""Analysis of trained checkpoints: records out of runs, and rules that judge them."""

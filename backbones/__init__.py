@@ -1,0 +1,87 @@
+"""Backbones and their tokenizers: any Hugging Face causal LM by id or folder, and the tiny ones that live here.
+
+    tokenizer = load_tokenizer("openai-community/gpt2")
+    ids = add_thought_tokens(tokenizer)
+    model = load_backbone("backbones/prosqa_tiny", from_scratch=True, seed=0)
+    grow_vocabulary(model, tokenizer, ids)
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+THOUGHT_TOKENS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # added in this order: GPT-2 ids 50257, 50258, 50259
+
+
+class ThoughtIds(NamedTuple):
+    start: int | None = None
+    end: int | None = None
+    latent: int | None = None
+
+
+def load_tokenizer(model_id: str):
+    """The tokenizer of a hub id or folder, padding with EOS. Raises ValueError where it can't be loaded."""
+    tokenizer = _from_hub(AutoTokenizer, model_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def add_thought_tokens(tokenizer) -> ThoughtIds:
+    """Add the three tokens (as stock: `add_tokens`, not special) and find their ids by name; forks use another order."""
+    tokenizer.add_tokens(list(THOUGHT_TOKENS))
+    return ThoughtIds(*(tokenizer.convert_tokens_to_ids(token) for token in THOUGHT_TOKENS))
+
+
+def load_backbone(model_id: str, from_scratch: bool = False, seed: int = 0, **config_changes):
+    """A causal LM in float32: pretrained weights, or (from_scratch) random ones of the folder's config under `seed`."""
+    if not from_scratch:
+        return _from_hub(AutoModelForCausalLM, model_id, dtype=torch.float32, **config_changes)
+    config = _from_hub(AutoConfig, model_id, **config_changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float()
+
+
+def _from_hub(auto_class, model_id: str, **kwargs):
+    try:
+        return auto_class.from_pretrained(model_id, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model_id: cannot load {auto_class.__name__} from {model_id!r} (hub id or folder): {reason}") from None
+
+
+def anchor_ids(tokenizer) -> list[int]:
+    """The pieces of `<<`, from whose rows new tokens start: one token in GPT-2, several or none elsewhere."""
+    if "<<" in tokenizer.get_vocab():
+        return [tokenizer.convert_tokens_to_ids("<<")]
+    return [i for i in tokenizer.encode("<<", add_special_tokens=False) if i != tokenizer.unk_token_id]
+
+
+def anchor_row(weight_VD: torch.Tensor, tokenizer) -> torch.Tensor:
+    """The row [D] of `<<`; the mean of its pieces' rows where it is several tokens, of all rows where it is none."""
+    ids = anchor_ids(tokenizer)
+    return weight_VD[ids].mean(0) if ids else weight_VD[: len(tokenizer)].mean(0)
+
+
+@torch.no_grad()
+def grow_vocabulary(model, tokenizer, ids: ThoughtIds) -> None:
+    """Resize to the tokenizer and set the rows of the thought tokens, input and output, to the row of `<<`."""
+    resize_vocabulary(model, len(tokenizer))
+    head = model.get_output_embeddings()
+    for weight_VD in (model.get_input_embeddings().weight, *([] if head is None else [head.weight])):
+        weight_VD[list(ids)] = anchor_row(weight_VD, tokenizer)
+    pieces = anchor_ids(tokenizer)
+    if len(pieces) != 1:
+        print(f"`<<` is {len(pieces)} tokens here: new rows start as the mean row of {'these' if pieces else 'the vocabulary'}")
+
+
+def resize_vocabulary(model, size: int) -> None:
+    """Resize input and output embeddings to `size` rows."""
+    if model.get_input_embeddings().weight.shape[0] != size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+
+
+def max_positions(model) -> int | None:
+    """How many positions the model has; None where there is no limit to respect."""
+    return getattr(model.config, "max_position_embeddings", None)

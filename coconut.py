@@ -1,0 +1,445 @@
+"""Chain of Continuous Thought (Coconut, arXiv 2412.06769): one wrapper around any Hugging Face causal LM.
+
+A causal LM with a key/value cache computes each column once. Feedback cuts the columns where a thought needs the
+state before it, so a step with n thoughts is n + 1 passes over disjoint columns, never a second look at the prefix:
+
+    columns   q1 .. qm <bot> | t1 | t2 | .. | tn <eot> a1 .. |
+    pass            0          1    2             n              feedback that reads a hidden state (continuous)
+    pass                       0                                 feedback that does not (every pause mode)
+
+Thought k is the last hidden state (after the final norm) of the column before slot k, fed as that slot's input
+embedding. `Coconut.rollout` is that loop; training, generation and every analysis go through it.
+
+Shape letters: B rows, T columns, C columns of one pass, S slots of one pass, D width, V vocabulary, N labelled positions.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
+Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache"])
+Edit = Callable[[int, "Pass", Tensor], Tensor | None]
+
+MAX_N_LATENT = 8  # importable for older scripts; there is no limit here
+
+
+# ---------------------------------------------------------------- what fills a thought
+
+
+class Continuous(nn.Module):
+    """The last hidden state of the column before the slot; gradients flow through all passes (Coconut)."""
+
+    mode_id, reads_hidden = None, True
+
+    def __init__(self, pause_D: Tensor):
+        super().__init__()
+
+    def forward(self, k: int, h_BD: Tensor) -> Tensor:
+        return h_BD
+
+
+class Frozen(nn.Module):
+    """One constant vector for every slot; it never moves."""
+
+    mode_id, reads_hidden = 1, False
+
+    def __init__(self, pause_D: Tensor):
+        super().__init__()
+        self.register_buffer("feedback_mode_id", torch.tensor(self.mode_id))
+        self.register_buffer("pause_embedding", pause_D.clone())
+
+    def forward(self, k: int, h_BD: Tensor | None) -> Tensor:
+        return self.pause_embedding
+
+
+class LearnedShared(nn.Module):
+    """One learned vector for all slots and rows."""
+
+    mode_id, reads_hidden = 2, False
+
+    def __init__(self, pause_D: Tensor):
+        super().__init__()
+        self.register_buffer("feedback_mode_id", torch.tensor(self.mode_id))
+        self.pause_embedding = nn.Parameter(pause_D.clone())
+
+    def forward(self, k: int, h_BD: Tensor | None) -> Tensor:
+        return self.pause_embedding
+
+
+class PauseCurriculum(LearnedShared):
+    """The same function as `LearnedShared` under its own name; with a causal mask the number of passes is no part of it."""
+
+    mode_id = 3
+
+
+class OwnToken(nn.Module):
+    """Slots keep the embedding of their own token: a plain language model, with or without latent tokens in its text."""
+
+    mode_id, reads_hidden = None, False
+
+    def __init__(self, pause_D: Tensor):
+        super().__init__()
+
+    def forward(self, k: int, h_BD: Tensor | None) -> None:
+        return None
+
+
+FEEDBACK_MODES = {
+    "continuous": Continuous,
+    "frozen": Frozen,
+    "learned_shared": LearnedShared,
+    "pause_curriculum": PauseCurriculum,
+    "none": OwnToken,
+}
+SYNONYMS = {"pause_multipass": "learned_shared"}
+
+
+def canonical_mode(name: str) -> str:
+    """The stored name of a feedback mode. Raises ValueError that lists the known ones."""
+    name = SYNONYMS.get(name, name)
+    if name not in FEEDBACK_MODES:
+        raise ValueError(f"feedback_mode {name!r} is unknown; known: {', '.join([*FEEDBACK_MODES, *SYNONYMS])}")
+    return name
+
+
+# ---------------------------------------------------------------- which columns go in which pass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Thought slot k: its column in the batch and the rows that have it (bool [B], on the CPU)."""
+
+    k: int
+    column: int
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the backbone: columns start..stop-1, the thought slots among them, and the callers' row ids."""
+
+    index: int
+    start: int
+    stop: int
+    slots: tuple[Slot, ...]
+    row_ids: tuple[int, ...]
+
+
+def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...]) -> list[Pass]:
+    """Cut the columns into passes.
+
+    Args:
+        latent_BT: bool, true at thought slots, on the CPU. Rows may have different numbers of slots, or none.
+        cut: whether the feedback reads a hidden state, so that each slot starts a pass.
+        row_ids: one id a row, handed on to edits.
+
+    Raises:
+        ValueError: slots not contiguous in a row, not starting in one common column, or a slot in column 0.
+    """
+    n_B = latent_BT.sum(1)
+    n, n_columns = int(n_B.max()), latent_BT.shape[1]
+    if n == 0:
+        return [Pass(0, 0, n_columns, (), row_ids)]
+    first = int(latent_BT.any(0).int().argmax())
+    aligned_BT = (torch.arange(n_columns) >= first) & (torch.arange(n_columns) < first + n_B[:, None])
+    wrong = (latent_BT != aligned_BT).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"latent tokens must be contiguous and start in one common column ({first} here); rows {wrong[:10]} differ: "
+            "pad the batch with MyCollator(tokenizer, latent_id)"
+        )
+    if first == 0:
+        raise ValueError("a latent token stands in column 0; a thought needs a column before it")
+    slots = [Slot(k, first + k, n_B > k) for k in range(n)]
+    starts = [0, *(slot.column for slot in slots)] if cut else [0]
+    return [
+        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids)
+        for i, (start, stop) in enumerate(zip(starts, [*starts[1:], n_columns]))
+    ]
+
+
+# ---------------------------------------------------------------- the wrapper
+
+
+class Coconut(nn.Module):
+    """A causal LM whose latent tokens are filled by `feedback_mode`.
+
+    Args:
+        base_causallm: a Hugging Face causal LM (embedding already resized to hold the latent tokens).
+        latent_token_id: the token that marks a thought slot; None for a plain language model without any.
+        start_latent_id, end_latent_id: the markers around the thoughts (kept for callers; the rollout does not read them).
+        eos_token_id: ends a generated row.
+        feedback_mode: a key of `FEEDBACK_MODES` or a synonym.
+        force_multipass: run a pause mode as a loop over the slots; same values, for timing studies.
+
+    Every method takes `edit(layer, pass_, x)`: layer 0 is the embeddings a pass is given, after feedback; layer i the
+    output of block i, before any final norm; return a replacement of `x` ([B, C, D]) or None to keep it. `edit.layers`,
+    an iterable of layers, says which ones it wants to see (default: only 0).
+    """
+
+    def __init__(
+        self,
+        base_causallm,
+        latent_token_id: int | None,
+        start_latent_id: int | None,
+        end_latent_id: int | None,
+        eos_token_id: int,
+        feedback_mode: str = "continuous",
+        force_multipass: bool = False,
+    ):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.embedding = base_causallm.get_input_embeddings()
+        self.latent_token_id = latent_token_id
+        self.start_latent_id, self.end_latent_id, self.eos_token_id = start_latent_id, end_latent_id, eos_token_id
+        self.feedback_mode = canonical_mode(feedback_mode)
+        if latent_token_id is None and self.feedback_mode != "none":
+            raise ValueError(f"feedback_mode {feedback_mode!r} needs a latent_token_id")
+        pause_D = self.embedding.weight[latent_token_id or 0].detach()
+        self.feedback = FEEDBACK_MODES[self.feedback_mode](pause_D)
+        self.force_multipass = force_multipass
+        self.gen_forward_cnt = 0
+        _refuse_scaled_logits(base_causallm.config)
+        # Files hold `pause_embedding` and `feedback_mode_id` at the top level, not under the submodule's name.
+        self.register_state_dict_post_hook(_lift_feedback_keys)
+        self.register_load_state_dict_pre_hook(_sink_feedback_keys)
+
+    @property
+    def pause_embedding(self) -> Tensor | None:
+        """The vector of the pause modes, [D]; None for the others."""
+        return getattr(self.feedback, "pause_embedding", None)
+
+    # ------------------------------------------------------------ the one loop
+
+    def rollout(self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None) -> Rollout:
+        """Run the passes over a batch of tokens (int64 [B, T]) and fill every thought slot on the way.
+
+        `attention_mask` ([B, T], 0 at padding; default all ones) and `position_ids` ([B, T]; default counts real columns)
+        may pad on both sides. `cache` is an empty cache to keep; without one it is dropped. Returns the hidden states after
+        the final norm, the embeddings that were fed, and the cache.
+        """
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        row_ids = tuple(range(len(input_ids)) if row_ids is None else row_ids)
+        latent_BT = (input_ids == (-1 if self.latent_token_id is None else self.latent_token_id)).cpu()
+        passes = plan_passes(latent_BT, self.feedback.reads_hidden or self.force_multipass, row_ids)
+        if len(passes) > 1 and cache is None:
+            cache = DynamicCache(config=self.base_causallm.config)
+        if bool(mask_BT.all()):
+            mask_BT = None  # lets attention take its mask-free kernel
+
+        embeds_BTD = self.embedding(input_ids)
+        fed, states, h_BD = [], [], None
+        for pass_ in passes:
+            x_BCD = self._fill(embeds_BTD[:, pass_.start : pass_.stop], pass_, h_BD)
+            seen_BT = None if mask_BT is None else mask_BT[:, : pass_.stop]
+            positions_BC = position_ids[:, pass_.start : pass_.stop]
+            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, seen_BT, positions_BC, cache, edit)
+            h_BD = h_BCD[:, -1]
+            fed.append(x_BCD)
+            states.append(h_BCD)
+        return Rollout(_join(states), _join(fed), cache)
+
+    def _fill(self, x_BCD: Tensor, pass_: Pass, h_BD: Tensor | None) -> Tensor:
+        """The embeddings of one pass with its slots (a run of columns) filled: one out-of-place write."""
+        thoughts = [self.feedback(slot.k, h_BD) for slot in pass_.slots]
+        if not thoughts:
+            # A learned vector stays in the graph of slot-less batches, so that all ranks and stages update it alike.
+            pause_D = self.pause_embedding
+            in_graph = self.training and pause_D is not None and pause_D.requires_grad
+            return x_BCD + 0.0 * pause_D if in_graph else x_BCD
+        if thoughts[0] is None:
+            return x_BCD
+        lo, hi = (pass_.slots[i].column - pass_.start for i in (0, -1))
+        own_BSD = x_BCD[:, lo : hi + 1]
+        thought_BSD = torch.stack([t.expand_as(own_BSD[:, 0]) for t in thoughts], 1).to(own_BSD.dtype)
+        has_BS = torch.stack([slot.rows for slot in pass_.slots], 1)
+        if not has_BS.all():
+            thought_BSD = torch.where(has_BS.to(x_BCD.device)[..., None], thought_BSD, own_BSD)
+        return _join([part for part in (x_BCD[:, :lo], thought_BSD, x_BCD[:, hi + 1 :]) if part.shape[1]])
+
+    def _backbone_pass(self, x_BCD, pass_: Pass, seen_BT, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
+        """The one call of the backbone; `seen_BT` masks past and present columns (None: all real).
+
+        Returns what the pass was given (after the edit) and its states after the final norm.
+        """
+        base = self.base_causallm
+        if cache is not None and self.training and base.is_gradient_checkpointing:
+            raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
+        with ExitStack() as hooks:
+            if edit is not None:
+                x_BCD = _edited(edit, 0, pass_, x_BCD)
+                for layer in getattr(edit, "layers", ()):
+                    if layer > 0:
+                        hooks.enter_context(_tapped(decoder_blocks(base)[layer - 1], edit, layer, pass_))
+            out = base.base_model(
+                inputs_embeds=x_BCD,
+                attention_mask=seen_BT,
+                position_ids=positions_BC,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return x_BCD, out.last_hidden_state
+
+    # ------------------------------------------------------------ training
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., D]."""
+        lm_head = self.base_causallm.get_output_embeddings()
+        return F.linear(hidden, self.embedding.weight) if lm_head is None else lm_head(hidden)
+
+    def label_losses(self, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (float32 or wider, [N]) at the N labelled positions and the row of each; only they meet the head."""
+        rows_N, columns_N = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
+        logits_NV = self.head(hidden_BTD[rows_N, columns_N])
+        logits_NV = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
+        return F.cross_entropy(logits_NV, labels_BT[rows_N, columns_N + 1], reduction="none"), rows_N
+
+    def forward(
+        self, input_ids, attention_mask=None, labels=None, position_ids=None, *, full_logits=None, edit=None, row_ids=None
+    ) -> Outputs:
+        """Teacher-forced forward.
+
+        Args:
+            input_ids, attention_mask, labels, position_ids: [B, T]; labels are -100 where nothing is asked, and are shifted here.
+            full_logits: return logits of all positions ([B, T, V]). Default: not while training with labels.
+
+        Returns:
+            Outputs(loss: mean cross-entropy over labelled positions or None, inputs_embeds [B, T, D] as fed, logits or None).
+        """
+        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, attention_mask, position_ids, edit=edit, row_ids=row_ids)
+        loss = logits = None
+        if labels is not None:
+            loss_N, _ = self.label_losses(hidden_BTD, labels)
+            loss = loss_N.sum() / max(len(loss_N), 1)
+        if full_logits or (full_logits is None and not (self.training and labels is not None)):
+            logits = self.head(hidden_BTD)
+        return Outputs(loss, embeds_BTD, logits)
+
+    # ------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids,
+        attention_mask=None,
+        max_new_tokens=16,
+        output_embedding=False,
+        synced_gpus=False,
+        *,
+        position_ids=None,
+        edit=None,
+        row_ids=None,
+    ):
+        """Greedy, batched decoding on the rollout's cache.
+
+        A row ends at its first EOS (also as first new token), or where the model has no more positions. Returns
+        [B, T + new] ids: the prompt, the new tokens without EOS, and EOS as filler up to the longest row; with
+        `output_embedding` also the embeddings fed, [B, T + new, D]. `synced_gpus` is accepted and has no effect: nothing
+        here needs ranks in step.
+        """
+        B, T = input_ids.shape
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length_B = mask_BT.sum(1)
+        limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or T + max_new_tokens
+        if int(length_B.max()) > limit:
+            raise ValueError(f"a prompt of {int(length_B.max())} tokens exceeds the model's {limit} positions")
+        row_ids = tuple(range(B) if row_ids is None else row_ids)
+        cache = DynamicCache(config=self.base_causallm.config)
+        hidden_BTD, embeds_BTD, _ = self.rollout(
+            input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids
+        )
+        self.gen_forward_cnt += 1
+        last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
+        h_BD = hidden_BTD[torch.arange(B, device=last_B.device), last_B]
+        padded = not bool(mask_BT.all())
+        done_B = torch.zeros_like(length_B, dtype=torch.bool)
+        ids, fed = [input_ids], [embeds_BTD]
+        for column in range(T, T + max_new_tokens):
+            token_B = torch.where(done_B, self.eos_token_id, self.head(h_BD).argmax(-1))
+            done_B = done_B | (token_B == self.eos_token_id)
+            if done_B.all():
+                break
+            ids.append(token_B[:, None])
+            # A new token takes position `length`, the mask grows by one real column, and the cache by what it held.
+            done_B = done_B | (length_B >= limit)
+            if column == T + max_new_tokens - 1 or done_B.all():
+                break
+            mask_BT = F.pad(mask_BT, (0, 1), value=1)
+            x_B1D, h_B1D = self._backbone_pass(
+                self.embedding(token_B)[:, None],
+                Pass(column - T + 1, column, column + 1, (), row_ids),
+                mask_BT if padded else None,
+                length_B.clamp(max=limit - 1)[:, None],
+                cache,
+                edit,
+            )
+            self.gen_forward_cnt += 1
+            h_BD, length_B = h_B1D[:, -1], length_B + 1
+            fed.append(x_B1D)
+        ids = torch.cat(ids, 1)
+        return (ids, torch.cat(fed, 1)) if output_embedding else ids
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def decoder_blocks(base_causallm) -> nn.ModuleList:
+    """The decoder blocks of any Hugging Face causal LM, in order. Raises ValueError where they can't be told."""
+    n_layers = base_causallm.config.num_hidden_layers
+    lists = [m for m in base_causallm.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if len(lists) != 1:
+        raise ValueError(f"cannot tell the {n_layers} decoder blocks of {type(base_causallm).__name__}")
+    return lists[0]
+
+
+def _edited(edit: Edit, layer: int, pass_: Pass, x: Tensor) -> Tensor:
+    changed = edit(layer, pass_, x)
+    return x if changed is None else changed
+
+
+@contextmanager
+def _tapped(block: nn.Module, edit: Edit, layer: int, pass_: Pass):
+    """Send the block's output through the edit. Blocks return a bare tensor or a tuple that starts with it."""
+
+    def hook(module, args, output):
+        if isinstance(output, tuple):
+            return (_edited(edit, layer, pass_, output[0]), *output[1:])
+        return _edited(edit, layer, pass_, output)
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _refuse_scaled_logits(config) -> None:
+    """The head is applied to gathered states, so models that rescale logits after it would silently differ: refuse."""
+    for key, neutral in {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "lm_head_multiplier": 1}.items():
+        value = getattr(config, key, neutral)
+        if value is not None and value != neutral:
+            raise ValueError(f"models that rescale their logits are not supported ({key} = {value})")
+
+
+def _lift_feedback_keys(module, state_dict, prefix, local_metadata) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}feedback.")]:
+        state_dict[prefix + key.removeprefix(f"{prefix}feedback.")] = state_dict.pop(key)
+
+
+def _sink_feedback_keys(module, state_dict, prefix, *_) -> None:
+    for name in module.feedback.state_dict():
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}feedback.{name}"] = state_dict.pop(prefix + name)

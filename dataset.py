@@ -1,0 +1,323 @@
+"""Rows -> tokens -> curriculum stage -> padded batch, and the answer back out of the text.
+
+A row of one stage (Coconut arXiv 2412.06769, section 3; labels are -100 up to and including the end marker):
+
+    question \\n | <|start-latent|> latents <|end-latent|> | kept steps, each \\n | ### answer <eos>
+
+Stage s drops the first s steps and inserts s * c_thought latents. A file is tokenised once, through the `datasets` cache;
+the rows of a stage are put together from token lists when a batch asks for them.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HOW_TO_MAKE = {
+    "prosqa": "python data/prosqa.py --out {folder}",
+    "quickstart": "bash scripts/quickstart.sh",
+    "gsm": "python data/gsm.py (or bash scripts/get_gsm8k.sh)",
+    "prontoqa": "python data/prontoqa.py",
+}
+
+# ---------------------------------------------------------------- rows
+
+
+def load_rows(path: str | Path, max_rows: int | None = None) -> list[dict]:
+    """The rows of a data file, a JSON list of {"question": str, "answer": str, "steps": [str], ...}.
+
+    Raises ValueError naming file, row and key: file missing (with the command that makes it), not JSON, empty, or a row
+    with a missing key or a wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hints = [how.format(folder=path.parent) for word, how in HOW_TO_MAKE.items() if word in str(path)]
+        raise ValueError(f"data file {path} does not exist" + (f"; make it with: {hints[-1]}" if hints else ""))
+    try:
+        rows = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"data file {path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"data file {path} must hold a non-empty JSON list of rows")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"data file {path}, row {i}: must be an object with question, answer and steps")
+        for key, kind in {"question": str, "answer": str, "steps": list}.items():
+            if key not in row:
+                raise ValueError(f"data file {path}, row {i}: `{key}` is missing")
+            if not isinstance(row[key], kind):
+                raise ValueError(f"data file {path}, row {i}: `{key}` must be a {kind.__name__}, is {row[key]!r:.60}")
+        if not all(isinstance(step, str) for step in row["steps"]):
+            raise ValueError(f"data file {path}, row {i}: `steps` must be a list of strings")
+    return rows[:max_rows]
+
+
+def question_hash(row: dict) -> str:
+    """Names a question across files and runs: 12 hex digits."""
+    return hashlib.sha256(row["question"].encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
+    """Tokenise a file once, in pieces, through the `datasets` library's cache.
+
+    Returns a `datasets.Dataset` with `question_tokenized` (with the tokenizer's own special tokens), `steps_tokenized`,
+    `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces) and `idx`.
+    """
+    from datasets import Dataset  # imports pandas and pyarrow: a second that --help and errors need not wait for
+
+    path = Path(path)
+    load_rows(path, 0)
+    identity = {
+        "path": str(path),
+        "content": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "vocabulary": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
+        "max_size": max_size,
+    }
+    identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Dataset.from_generator(
+        _tokenized_rows, gen_kwargs={"path": str(path), "max_size": max_size, "tokenizer": tokenizer}, fingerprint=identity
+    )
+
+
+def _tokenizer_text(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+
+
+def _tokenized_rows(path: str, max_size: int | None, tokenizer) -> Iterator[dict]:
+    rows = load_rows(path, max_size)
+    for start in range(0, len(rows), 1000):
+        batch = rows[start : start + 1000]
+        questions = _encode(tokenizer, [row["question"] + "\n" for row in batch], add_special_tokens=True)
+        answers = _encode(tokenizer, ["### " + row["answer"] for row in batch])
+        steps = iter(_encode(tokenizer, [step + "\n" for row in batch for step in row["steps"]]))
+        wholes = _encode(
+            tokenizer,
+            ["\n".join([row["question"], *row["steps"], "### " + row["answer"]]) for row in batch],
+            add_special_tokens=True,
+        )
+        for i, (row, question, answer, whole) in enumerate(zip(batch, questions, answers, wholes)):
+            row_steps = [next(steps) for _ in row["steps"]]
+            yield {
+                "question_tokenized": question,
+                "steps_tokenized": row_steps,
+                "answer_tokenized": [*answer, tokenizer.eos_token_id],
+                "merges": [*question, *chain.from_iterable(row_steps), *answer] != whole,
+                "idx": start + i,
+            }
+
+
+def _encode(tokenizer, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+
+
+class TokenTable:
+    """The columns of `get_dataset` as flat arrays: row i's pieces are slices, so a million rows cost no Python objects."""
+
+    def __init__(self, dataset):
+        columns = dataset.with_format("arrow")[:]
+        self.question, self.answer = (_Ragged(columns[f"{name}_tokenized"]) for name in ("question", "answer"))
+        steps = columns["steps_tokenized"].combine_chunks()
+        self.step_start = steps.offsets.to_numpy()
+        self.step = _Ragged(steps.flatten())
+        self.merges = int(np.sum(columns["merges"].to_numpy()))
+
+    def __len__(self) -> int:
+        return len(self.question)
+
+    def n_steps(self, i: int) -> int:
+        return int(self.step_start[i + 1] - self.step_start[i])
+
+    def steps(self, i: int, skip: int) -> list[np.ndarray]:
+        """The steps of row i from index `skip` on."""
+        return [self.step[j] for j in range(self.step_start[i] + skip, self.step_start[i + 1])]
+
+
+class _Ragged:
+    def __init__(self, column):
+        column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        self.offsets = column.offsets.to_numpy()
+        self.values = column.flatten().to_numpy()
+        self.offsets = self.offsets - self.offsets[0]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+# ---------------------------------------------------------------- curriculum
+
+
+def training_stage(n_steps: int, stage: int, configs) -> tuple[int, int]:
+    """(steps to drop from the front, latents to insert) of a training row with `n_steps` steps at a stage."""
+    cap = configs.max_latent_stage
+    if configs.no_cot:
+        return n_steps, 0
+    if stage <= cap:
+        return min(stage, n_steps), stage * configs.c_thought
+    return n_steps, (cap if configs.pad_latent_to_max else min(n_steps, cap)) * configs.c_thought
+
+
+def evaluation_latents(n_steps: int, stage: int, configs) -> int:
+    """Latents of an evaluation prompt."""
+    cap = configs.max_latent_stage if configs.pad_latent_to_max else min(configs.max_latent_stage, n_steps)
+    return 0 if configs.no_cot else min(stage, cap) * configs.c_thought
+
+
+def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
+    """The stage of one row in one epoch: with chance `uniform_prob` a uniform draw from 0..n_steps.
+
+    Drawn from (seed, epoch, row), so neither workers nor ranks change it.
+    """
+    if configs.uniform_prob == 0:
+        return stage
+    draw = random.Random(f"{configs.seed}/{epoch}/{idx}")
+    return draw.randint(0, n_steps) if draw.random() < configs.uniform_prob else stage
+
+
+class StageDataset(torch.utils.data.Dataset):
+    """The rows of one curriculum stage, built on access: int64 arrays `input_ids`, `labels` (training only), and `idx`."""
+
+    def __init__(self, stage, base, configs, start_id, latent_id, end_id, no_special_marker, training, epoch=0):
+        self.table = base if isinstance(base, TokenTable) else TokenTable(base)
+        self.stage, self.configs, self.training, self.epoch = stage, configs, training, epoch
+        self.latent_id = latent_id
+        self.markers = ([], []) if no_special_marker else ([start_id], [end_id])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def plan(self, i: int) -> tuple[int, int]:
+        """(steps dropped, latents) of row i."""
+        n_steps = self.table.n_steps(i)
+        if not self.training:
+            return n_steps, evaluation_latents(n_steps, self.stage, self.configs)
+        return training_stage(n_steps, drawn_stage(n_steps, self.stage, self.configs, self.epoch, i), self.configs)
+
+    def __getitem__(self, i: int) -> dict:
+        drop, n_latents = self.plan(i)
+        start, end = self.markers
+        prompt = [self.table.question[i], np.array([*start, *[self.latent_id] * n_latents, *end], dtype=np.int64)]
+        text = [*self.table.steps(i, drop), self.table.answer[i]] if self.training else []
+        row = {"input_ids": np.concatenate([*prompt, *text]).astype(np.int64), "idx": i}
+        if self.training:
+            row["labels"] = row["input_ids"].copy()
+            row["labels"][: sum(map(len, prompt))] = -100
+        return row
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(columns before the first latent or the text, all columns, labelled positions) of every row, int64 [rows]."""
+        result = np.empty((3, len(self)), dtype=np.int64)
+        markers = sum(map(len, self.markers))
+        for i in range(len(self)):
+            drop, n_latents = self.plan(i)
+            question = len(self.table.question[i])
+            text = sum(map(len, self.table.steps(i, drop))) + len(self.table.answer[i]) if self.training else 0
+            result[:, i] = question + len(self.markers[0]), question + markers + n_latents + text, text
+        return tuple(result)
+
+
+def get_question_latent_dataset(
+    scheduled_stage, base_dataset_valid, configs, start_id, latent_id, end_id, no_special_marker=False
+) -> StageDataset:
+    """Evaluation prompts of a stage (stock name)."""
+    return StageDataset(
+        scheduled_stage, base_dataset_valid, configs, start_id, latent_id, end_id, no_special_marker, training=False
+    )
+
+
+def get_cot_latent_dataset(
+    scheduled_stage, base_dataset, configs, start_id, latent_id, end_id, no_special_marker=False, shuffle=False, epoch=0
+) -> StageDataset:
+    """Training rows of a stage (stock name). Order comes from `epoch_batches`; `shuffle` is accepted and has no effect."""
+    return StageDataset(
+        scheduled_stage, base_dataset, configs, start_id, latent_id, end_id, no_special_marker, training=True, epoch=epoch
+    )
+
+
+# ---------------------------------------------------------------- batches
+
+
+def epoch_batches(
+    n_rows: int, batch_size: int, seed: int, epoch: int, prefix_lengths: np.ndarray | None = None, window: int = 50
+) -> list[np.ndarray]:
+    """The micro-batches of one epoch as row numbers: each row once, in an order fixed by (seed, epoch).
+
+    With `prefix_lengths` (group_by_length) rows are sorted by length within shuffled windows of `window` batches, and
+    the batches shuffled again: less padding, the same rows in the epoch. The one smaller batch stays last.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(n_rows)
+    if prefix_lengths is None:
+        return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+    whole = n_rows // batch_size * batch_size
+    spans = [order[i : min(i + batch_size * window, whole)] for i in range(0, whole, batch_size * window)]
+    order[:whole] = np.concatenate([span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]])
+    batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+    return [batches[i] for i in rng.permutation(whole // batch_size)] + batches[whole // batch_size :]
+
+
+class MyCollator:
+    """Pad rows to a batch: on the left so that the first latents share a column, then on the right (stock name).
+
+    Left padding has attention 0, position 0 and label -100. Rows without latents are not shifted. With `left=True` rows
+    without any latent in the batch are padded on the left, for generation.
+    """
+
+    def __init__(self, tokenizer, latent_id: int | None = None, label_pad_token_id: int = -100, left: bool = False):
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.latent_id, self.label_pad, self.left = latent_id, label_pad_token_id, left
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = [np.asarray(row["input_ids"]) for row in rows]
+        first = [int(hits[0]) if len(hits := np.flatnonzero(x == self.latent_id)) else None for x in ids]
+        column = max((f for f in first if f is not None), default=None)
+        if column is None and self.left:
+            column, first = max(map(len, ids)), [len(x) for x in ids]
+        shifts = [0 if f is None else column - f for f in first]
+        width = max(shift + len(x) for shift, x in zip(shifts, ids))
+        batch = {
+            "input_ids": torch.full((len(ids), width), self.pad_id),
+            "attention_mask": torch.zeros((len(ids), width), dtype=torch.long),
+            "position_ids": torch.zeros((len(ids), width), dtype=torch.long),
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = torch.full((len(ids), width), self.label_pad)
+        for b, (row, x, shift) in enumerate(zip(rows, ids, shifts)):
+            real = slice(shift, shift + len(x))
+            batch["input_ids"][b, real] = torch.from_numpy(x)
+            batch["attention_mask"][b, real] = 1
+            batch["position_ids"][b, real] = torch.arange(len(x))
+            if "labels" in row:
+                batch["labels"][b, real] = torch.from_numpy(np.asarray(row["labels"]))
+        if "idx" in rows[0]:
+            batch["idx"] = torch.tensor([row["idx"] for row in rows])
+        return batch
+
+
+# ---------------------------------------------------------------- answers
+
+
+def clean_answer(text: str) -> str:
+    """What scoring compares: commas removed, stripped."""
+    return text.replace(",", "").strip()
+
+
+def extract_answer(continuation: str) -> str | None:
+    """The text after the last `#` of a generated continuation, cleaned; None where there is no `#` (counted wrong)."""
+    return clean_answer(continuation.rsplit("#", 1)[1]) if "#" in continuation else None
+
+
+def extract_steps(continuation: str) -> str:
+    """The reasoning text of a continuation: what stands before its first `#`, stripped."""
+    return continuation.split("#")[0].strip()

@@ -1,0 +1,337 @@
+"""The run config (YAML + overrides, checked before any compute), seeds, the process group, and files written whole.
+
+    config = load_config("args/prosqa_coconut_1gpu.yaml", ["lr=3e-4", "num_epochs=10"])
+"""
+
+import difflib
+import json
+import os
+import random
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+METHOD_FLAGS = ("coconut", "cot", "no_thoughts", "no_cot")
+PAUSE_MODES = ("frozen", "learned_shared", "pause_curriculum")
+FEEDBACK_NAMES = ("continuous", *PAUSE_MODES, "pause_multipass")
+PLACEHOLDER = re.compile(r"^YOUR_PATH")
+
+
+class Config(BaseModel):
+    """One run. The stock keys first, then the added ones; every key is a YAML key of the same name."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=())
+
+    # stock keys
+    project: str = "coconut"
+    name: str
+    save_path: str
+    only_eval: bool = False
+    coconut: bool = False
+    cot: bool = False
+    no_thoughts: bool = False
+    no_cot: bool = False
+    c_thought: int = Field(1, ge=0)
+    epochs_per_stage: int = Field(1, ge=1)
+    max_latent_stage: int = Field(0, ge=0)
+    pad_latent_to_max: bool = True
+    save_only_improve: bool = False
+    uniform_prob: float = Field(0.0, ge=0, le=1)
+    model_id: str = "openai-community/gpt2"
+    load_model_path: str | None = None
+    seed: int = 0
+    resume: int = Field(0, ge=0)
+    bf16: bool | Literal["pure"] = False
+    train_path: str | None = None
+    val_path: str
+    reset_optimizer: bool | Literal["stage"] = False
+    batch_size_training: int = Field(32, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    num_epochs: int = Field(25, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    debug: bool = False
+
+    # what fills a thought, and the backbone
+    feedback_mode: str = "continuous"
+    force_multipass: bool = False
+    from_scratch: bool = False
+    tf32: bool = False
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    # batches
+    effective_batch_size: int | None = Field(None, ge=1)
+    accumulation_norm: Literal["stock", "tokens"] = "stock"
+    group_by_length: bool = False
+    eval_batch_size: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+    max_train_samples: int | None = Field(None, ge=1)
+    max_val_samples: int | None = Field(None, ge=1)
+    eval_every: int = Field(1, ge=1)
+    two_choice: bool | Literal["auto"] = "auto"
+
+    # optimizer
+    optimizer: str = "adamw"
+    use_lr_scheduler: bool = False
+    warmup_epochs: float = Field(0.0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    gradient_clip: float | None = Field(None, gt=0)
+    early_stop_patience: int | None = Field(None, ge=1)
+    min_delta: float = Field(0.0, ge=0)
+
+    # run folder and logging
+    auto_resume: bool = True
+    save_training_state: bool = True
+    save_every_steps: int = Field(500, ge=0)
+    wandb: bool | Literal["auto"] = "auto"
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+
+    def __init__(self, values: dict | None = None, /, **kwargs):
+        super().__init__(**(values or {}), **kwargs)
+
+    @field_validator("bf16", "reset_optimizer", "two_choice", "wandb", mode="before")
+    @classmethod
+    def _word_to_bool(cls, value):
+        return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+    @field_validator("load_model_path", mode="before")
+    @classmethod
+    def _nothing(cls, value):
+        return None if value in ("None", "none", "null", "") else value
+
+    @property
+    def plain(self) -> bool:
+        """A plain language model: no wrapper keys in its checkpoints, thoughts (if any) are ordinary tokens."""
+        return self.no_thoughts or not self.coconut
+
+    @property
+    def markers(self) -> bool:
+        """Whether the three thought tokens exist and the markers stand in the text."""
+        return not (self.cot or self.no_thoughts or self.no_cot)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.save_path) / self.name
+
+    @property
+    def model_key(self) -> str:
+        """m1 .. m5, m0 for the study's models (feedback mode and method flags), else `custom`."""
+        if self.no_thoughts:
+            return "m0"
+        if self.coconut:
+            names = {"continuous": "m3", "frozen": "m4", "learned_shared": "m4b", "pause_curriculum": "m5"}
+            return names[self.feedback_mode]
+        return "m1" if self.cot else "m2" if self.no_cot else "custom"
+
+    def stage(self, epoch: int) -> int:
+        """The curriculum stage of an epoch (0-based); CoT and no-CoT have none."""
+        return 0 if self.cot or self.no_cot else epoch // self.epochs_per_stage
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | tuple = ()) -> Config:
+    """Read a YAML file and `key=value` overrides into a checked `Config`.
+
+    Raises:
+        ValueError: one message with every problem: the key, its value, what is allowed, and the nearest known key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        raise ValueError(f"config {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} must have the form key=value")
+        values[key.strip()] = yaml.safe_load(value) if value else None
+    return check_config(values, str(path), default_name=path.stem)
+
+
+def check_config(values: dict, source: str, default_name: str | None = None) -> Config:
+    """Validate raw values (see `load_config`) and normalise them. `source` names them in the error."""
+    values = dict(values)
+    if "learning_rate" in values:
+        values.setdefault("lr", values.pop("learning_rate"))
+    if default_name is not None and values.get("name") is None:
+        values["name"] = default_name
+    given = {key: value for key, value in values.items() if value is not None}
+    problems = [
+        f"{key}: replace the placeholder {value}" for key, value in given.items() if PLACEHOLDER.match(str(value))
+    ]
+    config = None
+    try:
+        config = Config(given)
+    except ValidationError as error:
+        problems += [_explain(item) for item in error.errors()]
+    flags = {key: config is not None and getattr(config, key) or given.get(key) is True for key in METHOD_FLAGS}
+    problems += _check_method(flags, given) + _check_mode(flags, given)
+    if config is not None:
+        if not config.only_eval and config.train_path is None:
+            problems.append("train_path: missing (needed unless only_eval: True)")
+        if Path(config.name).name != config.name or config.name in (".", ".."):
+            problems.append(f"name: {config.name!r} must be a plain folder name")
+    if problems:
+        raise ValueError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
+    changes = {"feedback_mode": "learned_shared"} if config.feedback_mode == "pause_multipass" else {}
+    return config.model_copy(update=changes | ({"c_thought": 0} if config.no_thoughts else {}))
+
+
+def _explain(item: dict) -> str:
+    key = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Config.model_fields, 1)
+        return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _check_method(flags: dict[str, bool], given: dict) -> list[str]:
+    on = [key for key, value in flags.items() if value]
+    if not any(key in given for key in METHOD_FLAGS):
+        return [f"method: give at least one of {', '.join(METHOD_FLAGS)}"]
+    if not on and not all(key in given for key in METHOD_FLAGS):
+        return [f"method: nothing is True; for pause-as-thought write all of {', '.join(METHOD_FLAGS)} as False"]
+    if len(on) > 1 and set(on) != {"coconut", "no_thoughts"}:
+        return [f"method: {' and '.join(on)} contradict each other; set one of them to True"]
+    return []
+
+
+def _check_mode(flags: dict[str, bool], given: dict) -> list[str]:
+    mode = given.get("feedback_mode", "continuous")
+    if mode not in FEEDBACK_NAMES:
+        return [f"feedback_mode: {mode!r} is unknown; known: {', '.join(FEEDBACK_NAMES)}"]
+    if mode != "continuous" and (not flags["coconut"] or flags["no_thoughts"]):
+        return [f"feedback_mode: {mode} needs coconut: True and thoughts"]
+    return []
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch, and make cudnn deterministic (stock)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+
+
+def micro_seed(*key: int) -> int:
+    """A seed that depends on all of `key` (run seed, epoch, micro-batch ...), the same on every platform."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---------------------------------------------------------------- the process group
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. One process without torchrun is a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *args) -> None:
+        if self.is_main:
+            print(*args, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over ranks, in float64."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, items: list) -> list:
+        """All ranks' items in one list, on every rank."""
+        if self.size == 1:
+            return items
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def from_main(self, value):
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(device: str = "auto"):
+    """Yield this process's `World`: nccl on CUDA, gloo elsewhere, nothing without torchrun."""
+    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if size > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield World(rank, size, place)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+_TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+# ---------------------------------------------------------------- files written whole
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike, mode: str = "w"):
+    """Write a file under a temporary name in its folder and rename it into place, so that it is never half there."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write indented JSON, whole."""
+    with whole_file(path) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """The records of a JSON-lines file; a last line torn by a killed process is left out. No file: no records."""
+    path = Path(path)
+    lines = path.read_text().split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1] if line]
