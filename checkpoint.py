@@ -224,6 +224,14 @@ class Position:
     loss_sum: float = 0.0
     loss_tokens: float = 0.0
 
+    def count(self, loss_sum: float, tokens: int) -> None:
+        """One update is done; `loss_sum` in nats over `tokens` labelled tokens."""
+        self.step, self.global_step = self.step + 1, self.global_step + 1
+        self.loss_sum, self.loss_tokens = self.loss_sum + loss_sum, self.loss_tokens + tokens
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.loss_sum, self.loss_tokens = self.epoch + 1, 0, 0.0, 0.0
+
 
 class RunFolder:
     """The folder of one training run. All writing happens on rank 0."""
@@ -233,9 +241,11 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._lock = None
 
-    def open(self) -> None:
-        """Create the folder, keep other processes out, and clear what a killed process left half-written."""
+    def open(self, exclusive: bool) -> None:
+        """Create the folder; for training keep other processes out and clear what a killed one left half-written."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not exclusive:
+            return
         self._lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,11 +257,6 @@ class RunFolder:
             records = read_jsonl(self.metrics)
             with whole_file(self.metrics) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
-
-    def log(self, **record) -> None:
-        """Append one record to metrics.jsonl."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
 
     def evaluations(self, up_to_epoch: int) -> dict[int, float]:
         """{epoch index: accuracy} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
@@ -310,7 +315,16 @@ class RunFolder:
         _save({"model": weights, "optimizer": state, "position": vars(position)}, self.path / "last_state")
 
     def drop_last_state(self) -> None:
+        """Remove a snapshot that a checkpoint_N has overtaken."""
         (self.path / "last_state").unlink(missing_ok=True)
+
+    def pause_distance(self, model: Coconut) -> dict[str, float]:
+        """{"pause_l2": how far the pause vector is from where it started}; empty for modes without one."""
+        init = self.path / "pause_init"
+        if model.pause_embedding is None or not init.is_file():
+            return {}
+        start_D = torch.load(init, weights_only=True)
+        return {"pause_l2": float((model.pause_embedding.detach().float().cpu() - start_D).norm())}
 
     # ------------------------------------------------------------ resuming
 

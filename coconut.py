@@ -272,7 +272,7 @@ class Coconut(nn.Module):
         Returns what the pass was given (after the edit) and its states after the final norm.
         """
         base = self.base_causallm
-        if cache is not None and self.training and base.is_gradient_checkpointing:
+        if cache is not None and self.training and base.is_activation_checkpointing:
             raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
         with ExitStack() as hooks:
             if edit is not None:

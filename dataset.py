@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -185,6 +186,15 @@ def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
     return draw.randint(0, n_steps) if draw.random() < configs.uniform_prob else stage
 
 
+class Lengths(NamedTuple):
+    """Per row, int64 [rows]: columns before the first latent or the text, all columns, labelled positions, latents."""
+
+    prefix: np.ndarray
+    total: np.ndarray
+    labelled: np.ndarray
+    latents: np.ndarray
+
+
 class StageDataset(torch.utils.data.Dataset):
     """The rows of one curriculum stage, built on access: int64 arrays `input_ids`, `labels` (training only), and `idx`."""
 
@@ -215,16 +225,16 @@ class StageDataset(torch.utils.data.Dataset):
             row["labels"][: sum(map(len, prompt))] = -100
         return row
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(columns before the first latent or the text, all columns, labelled positions) of every row, int64 [rows]."""
-        result = np.empty((3, len(self)), dtype=np.int64)
-        markers = sum(map(len, self.markers))
+    def lengths(self) -> Lengths:
+        """How long every row of the stage is, without building it."""
+        result = np.empty((4, len(self)), dtype=np.int64)
+        start, end = map(len, self.markers)
         for i in range(len(self)):
-            drop, n_latents = self.plan(i)
-            question = len(self.table.question[i])
+            drop, latents = self.plan(i)
+            prefix = len(self.table.question[i]) + start
             text = sum(map(len, self.table.steps(i, drop))) + len(self.table.answer[i]) if self.training else 0
-            result[:, i] = question + len(self.markers[0]), question + markers + n_latents + text, text
-        return tuple(result)
+            result[:, i] = prefix, prefix + latents + end + text, text, latents
+        return Lengths(*result)
 
 
 def get_question_latent_dataset(

@@ -6,6 +6,9 @@ Three questions are asked of a model on a set of rows:
 - `score_options`: for rows that name two options, which has the larger probability after the model's own steps.
 """
 
+import json
+import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -13,8 +16,17 @@ import torch
 from tqdm import tqdm
 
 from coconut import Coconut
-from dataset import MyCollator, StageDataset, clean_answer, extract_answer, extract_steps, question_hash
-from utils import World
+from dataset import (
+    MyCollator,
+    StageDataset,
+    clean_answer,
+    extract_answer,
+    extract_steps,
+    get_cot_latent_dataset,
+    get_question_latent_dataset,
+    question_hash,
+)
+from utils import World, whole_file
 
 
 def shard_batches(sizes: np.ndarray, batch_size: int, world: World) -> list[list[int]]:
@@ -36,14 +48,14 @@ def evaluate_loss(
 ) -> float:
     """Cross-entropy in nats per labelled token over all rows and ranks."""
     total, tokens = 0.0, 0
-    for batch_rows in shard_batches(rows.lengths()[1], batch_size, world):
+    for batch_rows in shard_batches(rows.lengths().total, batch_size, world):
         batch = collate([rows[i] for i in batch_rows])
         row_ids, labels = batch.pop("idx").tolist(), batch.pop("labels").to(world.device)
         batch = {key: value.to(world.device) for key, value in batch.items()}
         with precision or nullcontext():
             hidden_BTD = model.rollout(**batch, edit=edit, row_ids=row_ids).hidden_BTD
             loss_N, _ = model.label_losses(hidden_BTD, labels)
-        total, tokens = total + loss_N.double().sum().item(), tokens + len(loss_N)
+        total, tokens = total + loss_N.cpu().double().sum().item(), tokens + len(loss_N)
     total, tokens = world.sum(total, tokens)
     return total / max(tokens, 1)
 
@@ -66,10 +78,10 @@ def generate_records(
     continuation), n_latents, generated_tokens (latents and new tokens, markers and EOS excluded), and with `two_choice`
     those of `score_options`.
     """
-    latents = np.array([prompts.plan(i)[1] for i in range(len(prompts))])
+    lengths = prompts.lengths()
     collate = MyCollator(tokenizer, prompts.latent_id, left=True)
     records = []
-    batches = shard_batches(np.stack([prompts.lengths()[1], latents]), batch_size, world)
+    batches = shard_batches(np.stack([lengths.total, lengths.latents]), batch_size, world)
     bar = tqdm(batches, desc="Test Accuracy", disable=None if world.is_main else True, leave=False)
     for batch_rows in bar:
         prompt_rows = [prompts[i] for i in batch_rows]
@@ -77,7 +89,7 @@ def generate_records(
         with precision or nullcontext():
             ids_BT = model.generate(**batch, max_new_tokens=max_new_tokens, edit=edit, row_ids=batch_rows)
         new_ids = [_before(row, model.eos_token_id) for row in ids_BT[:, batch["input_ids"].shape[1] :].tolist()]
-        made = [_record(rows[i], i, new, int(latents[i]), tokenizer) for i, new in zip(batch_rows, new_ids)]
+        made = [_record(rows[i], i, new, int(lengths.latents[i]), tokenizer) for i, new in zip(batch_rows, new_ids)]
         if two_choice:
             with precision or nullcontext():
                 scores = score_options(model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit)
@@ -155,7 +167,7 @@ def score_options(
     row_ids = [prompt["idx"] for prompt in prompts for _ in range(2)]
     hidden_BTD = model.rollout(**batch, edit=edit, row_ids=row_ids).hidden_BTD
     loss_N, row_N = model.label_losses(hidden_BTD, labels)
-    logp_B = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, row_N.cpu(), -loss_N.double().cpu())
+    logp_B = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, row_N.cpu(), -loss_N.cpu().double())
     margins = (logp_B[0::2] - logp_B[1::2]).tolist()
     return [{"margin": m, "two_choice_correct": m > 0, "two_choice_ce": float(np.logaddexp(0, -m))} for m in margins]
 
@@ -186,3 +198,56 @@ def summarize(records: list[dict]) -> dict:
         summary["eval/two_choice_acc"] = float(np.mean([r["two_choice_correct"] for r in records]))
         summary["eval/two_choice_ce"] = float(np.mean([r["two_choice_ce"] for r in records]))
     return summary
+
+
+# ---------------------------------------------------------------- a run's validation
+
+
+def validate(run, epoch: int, records_name: str | None, with_loss: bool = False) -> dict:
+    """Greedy accuracy (and with `with_loss` the loss) on a run's validation rows at the stage of `epoch`.
+
+    `run` is a `run.Run`. Prints the stock lines on rank 0, writes the records to the run folder under `records_name`
+    (None: nowhere), and returns their summary.
+    """
+    config, world, started = run.config, run.world, time.time()
+    stage = config.stage(epoch)
+    batch_size = config.eval_batch_size or config.batch_size_training
+    was_training = run.model.training
+    run.model.eval()
+    summary = {"stage": stage}
+    if with_loss:
+        rows = run.rows(get_cot_latent_dataset, stage, run.val, epoch=epoch)
+        collate = MyCollator(run.tokenizer, run.ids.latent)
+        summary["eval/loss"] = evaluate_loss(run.model, rows, collate, batch_size, world, run.precision())
+        world.print(f"eval loss {summary['eval/loss']}")
+    prompts = run.rows(get_question_latent_dataset, stage, run.val)
+    max_new_tokens = config.max_new_tokens or (64 if "gsm" in config.val_path else 128)
+    two_choice = has_options(run.val_rows[0]) if config.two_choice == "auto" else config.two_choice
+    records = generate_records(
+        run.model, prompts, run.val_rows, run.tokenizer, batch_size, max_new_tokens, world, run.precision(), two_choice
+    )
+    run.model.train(was_training)
+    summary |= {"n_latents": max(r["n_latents"] for r in records), **summarize(records), "seconds": time.time() - started}
+    if world.is_main:
+        _print_stock_lines(run, prompts, records, summary)
+        if records_name is not None:
+            with whole_file(config.run_dir / records_name) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+    return summary
+
+
+def _print_stock_lines(run, prompts: StageDataset, records: list[dict], summary: dict) -> None:
+    """The stock lines of an evaluation (the first five questions, the counts), and ours after them."""
+    for record in records[:5]:
+        prompt = run.tokenizer.decode(prompts[record["idx"]]["input_ids"])
+        steps = "\n".join(run.val_rows[record["idx"]]["steps"])
+        print(f"Question {record['idx']}: Answer = '{record['gold']}' CoT = '{steps}'")
+        print(f"Full output: '{prompt}{record['output']}'")
+        print(f"Extracted Output: '{record['prediction'] or ''}'")
+    total = summary["total"]
+    print(f"Accuracy on validation set: {summary['correct']} / {total} = {summary['eval/acc']}")
+    print(f"CoT match on validation set: {summary['cot_matches']} / {total} = {summary['eval/cot_em']}")
+    print(f"Generated tokens per question: {summary['eval/gen_tokens']}")
+    if "eval/two_choice_acc" in summary:
+        print(f"Two-choice accuracy: {summary['eval/two_choice_acc']} (cross-entropy {summary['eval/two_choice_ce']:.4f})")
+    sys.stdout.flush()

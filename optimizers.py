@@ -5,10 +5,8 @@ import math
 import torch
 from torch import nn
 
-from utils import Config
 
-
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
     """The run's optimizer over exactly the trainable parameters; weight decay on all of them (stock).
 
     Raises ValueError for an unknown name, listing the known ones.
@@ -22,21 +20,21 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _adamw(parameters, config: Config):
+def _adamw(parameters, config):
     fused = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=fused
     )
 
 
-def _sgd(parameters, config: Config):
+def _sgd(parameters, config):
     return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
 
 
 OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
 
 
-def learning_rate(step: int, total: int, warmup: int, config: Config) -> float:
+def learning_rate(step: int, total: int, warmup: int, config) -> float:
     """The rate of update `step` (from 0) of `total`: constant (stock), or linear warm-up then cosine to lr * min_lr_ratio."""
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -33,7 +33,7 @@ class Level(NamedTuple):
 
 
 def level(value: object, n: int | None = None, whole: int = 1) -> Level | None:
-    """Read `{correct, n, accuracy, ci95}` or a bare accuracy. `whole` is what a bare number calls everything: 1 or 100."""
+    """Read `{correct, n, accuracy, ci95}` or a bare accuracy. A bare number is a share of `whole`."""
     if isinstance(value, dict):
         n = value.get("n", value.get("total", n))
         if value.get("correct") is not None and n:
@@ -82,14 +82,15 @@ class Findings:
     def sets(self, model: str, repeat: int = 0) -> dict[str, dict]:
         """`{evaluation set: result object}` of the OOD experiment."""
         record = self.record("ood", model, repeat) or {}
-        return {name: value for name, value in record.items() if isinstance(value, dict) and "n" in value | _inner(value)}
+        objects = {name: value for name, value in record.items() if isinstance(value, dict)}
+        return {name: value for name, value in objects.items() if "n" in value | _inner(value)}
 
     def accuracy(self, model: str, repeat: int = 0) -> Level | None:
         """Exact match on all 500 test rows: from the OOD experiment, else the clean run of the full corruption one."""
         sets = self.sets(model, repeat)
         for name in TEST_NAMES:
             if name in sets:
-                return level(sets[name], whole=scale_of(sets[name])) or set_level(sets[name], "exact_match")
+                return exact_match(sets[name])
         record = self.record("corruption", model, repeat) or {}
         clean = record.get("clean_accuracy")
         found = level(clean, record.get("total_samples"), scale_of(clean))
@@ -115,6 +116,11 @@ class Findings:
 
 def _inner(value: dict) -> dict:
     return next((inner for inner in value.values() if isinstance(inner, dict) and "n" in inner), {})
+
+
+def exact_match(result: dict) -> Level | None:
+    """Exact-match accuracy in a set's result object: its own `correct` of `n`, or a nested accuracy."""
+    return level(result, whole=scale_of(result)) or set_level(result, "accuracy", "exact_match")
 
 
 def set_level(result: dict, *names: str) -> Level | None:

@@ -4,23 +4,25 @@ A learned pause vector must have left its first value, the `<<` row of the base 
 0.7 % in 7,000 updates, so the distance is measured a second time without the part parallel to `<<`.
 
     vector, source = base_row(run)
-    checks = moved(vector, load_checkpoint(run.folder / "checkpoint_50"), "m5")
+    checks = moved(vector, read_weights(run.folder / "checkpoint_50"), "m5")
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from analysis.gate_result import Check, info, missing
 from analysis.runs import Run
+from backbones import anchor_ids
+from checkpoint import load_run, numbered_checkpoints, read_weights
+from coconut import Coconut
+from data.prosqa_rows import check_row
 from utils import load_config
 
 MODE_IDS = {"m4": 1, "m4b": 2, "m5": 3}
@@ -50,45 +52,26 @@ MODES = {"m3": "continuous", "m4": "frozen", "m4b": "learned_shared", "m5": "pau
 # ------------------------------------------------------------------------------------------------ pause vectors
 
 
-def checkpoint_numbers(folder: Path | None) -> list[int]:
-    """N of every `checkpoint_N` in a run folder, ascending."""
-    names = (re.fullmatch(r"checkpoint_(\d+)", path.name) for path in folder.iterdir()) if folder else ()
-    return sorted(int(match[1]) for match in names if match)
-
-
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, mapped rather than read where the file allows it.
-
-    Raises:
-        ValueError: the file cannot be read as a weights file.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as weights ({str(error).splitlines()[0][:60]})") from error
-
-
 def base_row(run: Run) -> tuple[Tensor | None, str]:
     """The `<<` row that the pause vector started from [d], and where it is from; (None, missing input) if not here."""
     if run.folder and (run.folder / "pause_init").is_file():
         return torch.load(run.folder / "pause_init", map_location="cpu", weights_only=True), "pause_init"
     model_id = str(run.config.get("model_id", "openai-community/gpt2"))
     row = None if run.config.get("from_scratch") else _row_of_model(model_id)
-    return (row, f"{model_id}, token <<") if row is not None else (None, f"pause_init in the run folder or a local {model_id}")
+    if row is None:
+        return None, f"pause_init in the run folder or a local {model_id}"
+    return row, f"{model_id}, token <<"
 
 
 @lru_cache(maxsize=4)
 def _row_of_model(model_id: str) -> Tensor | None:
     """The `<<` row by token, never by number; several tokens count with the mean of their rows."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(model_id, local_files_only=True)
     except (OSError, ValueError):
         return None
-    ids = tokenizer.encode("<<", add_special_tokens=False)
-    return model.get_input_embeddings().weight[ids].mean(0).detach()
+    return model.get_input_embeddings().weight[anchor_ids(tokenizer)].mean(0).detach()
 
 
 def distances(vector: Tensor, base: Tensor) -> tuple[float, float, float]:
@@ -131,21 +114,22 @@ def vector_moved(run: Run, number: int) -> tuple[list[Check], list[str]]:
     if base is None:
         return [missing(name, rule, source)], []
     try:
-        return moved(base, load_checkpoint(run.folder / f"checkpoint_{number}"), run.model), [f"<< row from {source}"]
+        return moved(base, read_weights(run.folder / f"checkpoint_{number}"), run.model), [f"<< row from {source}"]
     except ValueError as error:
         return [missing(name, rule, f"a readable file: {error}")], []
 
 
 def vector_frozen(run: Run) -> tuple[list[Check], list[str]]:
     """Gate 4c's rule: `pause_embedding` bit-identical to `<<` in every checkpoint of m4."""
-    name, rule, numbers = f"{run.model} pause_embedding", "bits equal <<", checkpoint_numbers(run.folder)
+    name, rule = f"{run.model} pause_embedding", "bits equal <<"
+    numbers = numbered_checkpoints(run.folder) if run.folder else []
     base, source = base_row(run)
     if not numbers or base is None:
         return [missing(name, rule, f"checkpoints of {run.label} (--runs)" if not numbers else source)], []
     changed, unreadable, modes = [], [], []
     for number in numbers:
         try:
-            state = load_checkpoint(run.folder / f"checkpoint_{number}")
+            state = read_weights(run.folder / f"checkpoint_{number}")
         except ValueError as error:
             unreadable.append(str(error))
             continue
@@ -157,6 +141,21 @@ def vector_frozen(run: Run) -> tuple[list[Check], list[str]]:
     value = f"{len(numbers) - len(unreadable) - len(changed)} equal"
     notes = [f"<< row from {source}"] + ([f"changed in {', '.join(changed[:5])}"] if changed else [])
     return [Check(name, value, rule, ok=not changed, n=len(numbers)), *modes], notes
+
+
+def strict_forward(run: Run, number: int) -> tuple[str, str, bool | None, str]:
+    """(value, rule, ok, detail): the file loads with exact keys into the model it names and computes."""
+    rule = "strict, finite"
+    try:
+        model, _, ids, _ = load_run(run.folder / f"checkpoint_{number}")
+    except ValueError as error:
+        absent = "model_id: cannot load" in str(error) or "beside it" in str(error)
+        return (f"needs {error}", rule, None, "") if absent else ("refused", rule, False, str(error))
+    tokens = [1, 2, 3] if ids.latent is None else [1, 2, 3, ids.start, *[ids.latent] * 6, ids.end]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits
+    finite = bool(logits.isfinite().all())
+    return "loads, finite" if finite else "loads, not finite", rule, finite, ""
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -178,12 +177,15 @@ def data_checks(folder: Path) -> list[Check]:
             continue
         rows = len(json.loads((folder / name).read_text()))
         checks.append(Check(f"rows of {name}", str(rows), f"= {size}", ok=rows == size))
-    return checks + [_ood_check(folder / f"{name}.json", *rule) for name, rule in OOD_SETS.items()]
+    return checks + [_ood_check(_ood_path(folder, name), *rule) for name, rule in OOD_SETS.items()]
+
+
+def _ood_path(folder: Path, name: str) -> Path:
+    nested = folder / "ood" / f"{name}.json"
+    return nested if nested.is_file() else folder / f"{name}.json"
 
 
 def _ood_check(path: Path, size: int, hops: tuple[int, int], two_chain: bool) -> Check:
-    from data.prosqa_rows import check_row
-
     name, rule = f"{path.stem} invariants", f"{size} sound rows"
     if not path.is_file():
         return missing(name, rule, str(path))
@@ -192,7 +194,7 @@ def _ood_check(path: Path, size: int, hops: tuple[int, int], two_chain: bool) ->
         try:
             check_row(row, hops=hops, two_chain=two_chain)
         except ValueError as error:
-            return Check(name, f"row {i}: {str(error)[:60]}", rule, ok=False, n=len(rows))
+            return Check(name, f"row {i} unsound", rule, ok=False, n=len(rows), detail=str(error))
     return Check(name, f"{len(rows)} sound", rule, ok=len(rows) == size, n=len(rows))
 
 
@@ -204,7 +206,7 @@ def config_checks(folder: Path, models: tuple[str, ...]) -> list[Check]:
         try:
             key = load_config(str(folder / CONFIGS[model])).model_key
         except ValueError as error:
-            checks.append(Check(name, str(error)[-80:], "loads", ok=False))
+            checks.append(Check(name, "does not load", f"loads as {model}", ok=False, detail=str(error)))
             continue
         checks.append(Check(name, f"loads as {key}", f"loads as {model}", ok=key == model))
     return checks
@@ -237,8 +239,8 @@ def mode_checks() -> list[Check]:
             checks.append(Check(f"{mode}: stored vector", "none" if same else "one", "none", ok=same and model == "m3"))
             continue
         change, wanted = bool((before != after).any()), model != "m4"
-        value = "moved" if change else "unchanged"
-        checks.append(Check(f"{mode}: vector after one step", value, "moved" if wanted else "unchanged", ok=change == wanted))
+        value, rule = ("moved" if flag else "unchanged" for flag in (change, wanted))
+        checks.append(Check(f"{mode}: vector after one step", value, rule, ok=change == wanted))
     extra = {model: count - counts["m3"] for model, count in counts.items()}
     ok = extra == {"m3": 0, "m4": 0, "m4b": width, "m5": width}
     value = ", ".join(f"{model} +{n}" for model, n in extra.items() if model != "m3")
@@ -256,10 +258,6 @@ def recycling_check(mode: str = "pause_curriculum") -> Check:
 
 def _tiny(mode: str, width: int):
     """A wrapper over a random two-layer GPT-2 (float64, no dropout) and a batch with two thoughts a row."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from coconut import Coconut
-
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=24, n_positions=32, n_embd=width, n_layer=2, n_head=2, initializer_range=0.3,
@@ -283,14 +281,14 @@ def gradient_error(wrapper: torch.nn.Module, batch: dict[str, Tensor], eps: floa
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params]
     wrapper.zero_grad()
     wrapper(**batch).loss.backward()
-    backward = sum(float((p.grad * d).sum()) for p, d in zip(params, direction) if p.grad is not None)
+    backward = sum(float((p.grad * d).sum()) for p, d in zip(params, direction, strict=True) if p.grad is not None)
     ends = []
     with torch.no_grad():
         for sign in (1, -2):
-            for p, d in zip(params, direction):
+            for p, d in zip(params, direction, strict=True):
                 p.add_(d, alpha=sign * eps)
             ends.append(float(wrapper(**batch).loss))
-        for p, d in zip(params, direction):
+        for p, d in zip(params, direction, strict=True):
             p.add_(d, alpha=eps)
     difference = (ends[0] - ends[1]) / (2 * eps)
     return abs(backward - difference) / max(abs(difference), 1e-12)

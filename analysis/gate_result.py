@@ -32,6 +32,11 @@ class Check:
     ok: bool | None = None
     n: int | None = None
     decisive: bool = True
+    detail: str = ""  # an error message in full, printed below the row
+
+    @property
+    def waits(self) -> bool:
+        return self.value.startswith("needs ")
 
     @property
     def verdict(self) -> str:
@@ -90,6 +95,7 @@ class Result:
             "accepted": self.accepted,
             "checks": [
                 {"name": c.name, "value": c.value, "rule": c.rule, "n": c.n, "ok": c.ok, "decisive": c.decisive}
+                | ({"detail": c.detail} if c.detail else {})
                 for c in self.checks
             ],
             "notes": self.notes,
@@ -104,10 +110,6 @@ def not_applicable(gate: str, absent: Iterable[str]) -> Result:
 
 def render(results: list[Result], colour: bool) -> str:
     """The table a person reads: a `GATE 3 PASS  m3` line, then one aligned row a check, at most 120 wide."""
-    rows = [check for result in results for check in result.checks]
-    name_w = min(max((len(c.name) for c in rows), default=0), 46)
-    value_w = min(max((len(c.value) for c in rows if not c.value.startswith("needs ")), default=1), 24)
-    rule_w = min(max((len(c.rule) for c in rows), default=0), 24)
     lines = []
     for result in results:
         status = f"\033[{_COLOURS[result.status]}m{result.status}\033[0m" if colour else result.status
@@ -115,11 +117,14 @@ def render(results: list[Result], colour: bool) -> str:
         kind, _, rest = result.gate.partition(" ")
         label = f"{kind.upper()} {rest}" if rest else f"GATE {result.gate}"
         lines.append(f"{label} {status}  {result.subject}{''.join(f'  [{tag}]' for tag in tags)}".rstrip())
-        for c in result.checks:
+        names, rules = ([getattr(c, key) for c in result.checks] for key in ("name", "rule"))
+        values = ["-" if c.waits else c.value for c in result.checks]
+        name_w, value_w, rule_w = (max(map(len, column), default=0) for column in (names, values, rules))
+        for c, value in zip(result.checks, values, strict=True):
             count = f"n={c.n}" if c.n is not None else ""
-            value, verdict = ("-", f"not yet: {c.value}") if c.value.startswith("needs ") else (c.value, c.verdict)
-            row = f"    {c.name:<{name_w}}  {value:<{value_w}}  {c.rule:<{rule_w}}  {count:<6}  {verdict}"
-            lines += _folded(row.rstrip())
+            row = f"    {c.name:<{name_w}}  {value:<{value_w}}  {c.rule:<{rule_w}}  "
+            lines += _folded((row + (c.value if c.waits else f"{count:<6}  {c.verdict}")).rstrip())
+            lines += _folded(f"        {c.detail}") if c.detail else []
         if result.accepted:
             lines += _folded(f"    accepted: {result.accepted}")
         if result.uncalibrated:
@@ -147,7 +152,7 @@ def read_records(path: Path) -> list[dict]:
     try:
         return json.loads(path.read_text())["records"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a gate record file ({error}); move it away or name another with --out") from error
+        raise ValueError(f"{path}: not a gate record file ({error}); move it or give another --out") from error
 
 
 def append_records(path: Path, results: list[Result]) -> None:

@@ -20,6 +20,7 @@ from analysis.findings import Findings, Level
 from analysis.gate_result import FAIL, NOT_YET, PASS, Check, Result, info, missing, not_applicable
 from analysis.runlog import Accuracy
 from analysis.runs import MODELS, Run
+from checkpoint import numbered_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = "evidence for curriculum + compute"
@@ -112,12 +113,14 @@ def gate_0(study: Study) -> list[Result]:
     checks += gate_files.mode_checks()
     recorded = {run.label: run.info for run in study.runs.values() if run.info}
     if recorded:
-        without = [label for label, info_ in recorded.items() if not {"torch", "transformers"} <= set(info_.get("versions", ()))]
+        needed = {"torch", "transformers"}
+        without = [label for label, record in recorded.items() if not needed <= set(record.get("versions", ()))]
         value = "none" if not without else ", ".join(without)
         checks.append(Check("runs without recorded versions", value, "none", ok=not without, n=len(recorded)))
     else:
         checks.append(missing("runs without recorded versions", "none", "a run.json (written when a run starts)"))
-    return [Result("0", "files", checks, uncalibrated=[text for run in study.runs.values() for text in run.uncalibrated][:2])]
+    reasons = [reason for run in study.runs.values() for reason in run.uncalibrated]
+    return [Result("0", "files", checks, uncalibrated=reasons[:2])]
 
 
 def gate_1(study: Study) -> list[Result]:
@@ -162,7 +165,7 @@ def _gate_2(m1: Run, m2: Run) -> Result:
         name = f"{run.model} validations at 100"
         if run.evals:
             checks.append(Check(name, ", ".join(full[:2]) or "0", "= 0", ok=not full, n=len(run.evals)))
-        wanted, kept = set(range(1, run.last_epoch + 1)), gate_files.checkpoint_numbers(run.folder)
+        wanted, kept = set(range(1, run.last_epoch + 1)), numbered_checkpoints(run.folder) if run.folder else []
         name, rule = f"{run.model} checkpoints", f"{len(wanted)} kept"
         if run.folder is None or (len(run.evals) < run.last_epoch and not wanted <= set(kept)):
             checks.append(missing(name, rule, f"the finished run folder of {run.label} (--runs)"))

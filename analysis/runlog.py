@@ -154,7 +154,7 @@ def read_metrics(path: Path) -> Metrics:
                 metrics.evals[epoch] = record
                 metrics.validations.append((epoch, Accuracy(int(record["correct"]), int(record["total"]))))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {event} record lacks a sound {error}; is this our file?") from error
+            raise ValueError(f"{path}, line {number}: {event} record lacks a sound {error}") from error
     return metrics
 
 
@@ -168,8 +168,9 @@ def disagreement(log: Log, metrics: Metrics) -> str:
     if printed == written:
         return ""
     if len(printed) == len(written):
-        at = next(i for i, pair in enumerate(zip(printed, written)) if pair[0] != pair[1])
-        return f"log and metrics.jsonl disagree: validation {at + 1} is {printed[at]} in the log, {written[at]} in the file"
+        at = next(i for i, pair in enumerate(zip(printed, written, strict=True)) if pair[0] != pair[1])
+        values = f"{printed[at]} in the log, {written[at]} in the file"
+        return f"log and metrics.jsonl disagree: validation {at + 1} is {values}"
     repeats = log.resumed or log.starts > 1 or metrics.starts > 1 or len(metrics.evals) < len(written)
     final = [Accuracy(r["correct"], r["total"]) for _, r in sorted(metrics.evals.items())]
     if len(printed) > len(final) and (repeats or metrics.torn):

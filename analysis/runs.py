@@ -128,7 +128,8 @@ class Run:
         if totals:
             found.append(f"{self.label} validates on {min(totals)} rows, not {OFFICIAL_VALID_ROWS}")
         # 17,886 rows in batches of 128 are 140 updates; a resumed epoch may record its own part only
-        updates = max((int(r.get("updates") or 0) for r in self.metrics.epochs.values()), default=0) if self.metrics else 0
+        epochs = self.metrics.epochs.values() if self.metrics else ()
+        updates = max((int(record.get("updates") or 0) for record in epochs), default=0)
         if updates and updates != OFFICIAL_UPDATES and not any("batch" in text for text in found):
             found.append(f"{self.label} makes {updates} updates an epoch, not {OFFICIAL_UPDATES}")
         return found
