@@ -173,11 +173,13 @@ def data_checks(folder: Path) -> list[Check]:
     checks = []
     for name, size in DATA_SIZES.items():
         if not (folder / name).is_file():
-            checks.append(missing(f"rows of {name}", f"= {size}", str(folder / name)))
+            checks.append(missing(f"rows of {name}", f"= {size}", f"{folder.name}/{name}"))
             continue
         rows = len(json.loads((folder / name).read_text()))
         checks.append(Check(f"rows of {name}", str(rows), f"= {size}", ok=rows == size))
-    return checks + [_ood_check(_ood_path(folder, name), *rule) for name, rule in OOD_SETS.items()]
+    checks += [_ood_check(_ood_path(folder, name), *rule) for name, rule in OOD_SETS.items()]
+    swapped = sorted([*folder.glob("swap_official*.json"), *folder.glob("ood/swap_official*.json")])
+    return checks + [_ood_check(path, None, (1, 6), False) for path in swapped if "stats" not in path.name]
 
 
 def _ood_path(folder: Path, name: str) -> Path:
@@ -185,17 +187,17 @@ def _ood_path(folder: Path, name: str) -> Path:
     return nested if nested.is_file() else folder / f"{name}.json"
 
 
-def _ood_check(path: Path, size: int, hops: tuple[int, int], two_chain: bool) -> Check:
-    name, rule = f"{path.stem} invariants", f"{size} sound rows"
+def _ood_check(path: Path, size: int | None, hops: tuple[int, int], two_chain: bool) -> Check:
+    name, rule = f"{path.stem} invariants", f"{size or 'all'} sound rows"
     if not path.is_file():
-        return missing(name, rule, str(path))
+        return missing(name, rule, f"{path.parent.name}/{path.name} (data/ood.py)")
     rows = json.loads(path.read_text())
     for i, row in enumerate(rows):
         try:
             check_row(row, hops=hops, two_chain=two_chain)
         except ValueError as error:
             return Check(name, f"row {i} unsound", rule, ok=False, n=len(rows), detail=str(error))
-    return Check(name, f"{len(rows)} sound", rule, ok=len(rows) == size, n=len(rows))
+    return Check(name, f"{len(rows)} sound", rule, ok=len(rows) == (size or len(rows)), n=len(rows))
 
 
 def config_checks(folder: Path, models: tuple[str, ...]) -> list[Check]:

@@ -42,7 +42,7 @@ def post_checks(study: Study) -> list[Result]:
     """The twelve checks, in their order."""
     everyone, latent = _runs(study, study.models), _runs(study, LATENT_MODELS)
     last = [_last_line(run, 70 if run.model == "m1" else 40) for run in _runs(study, ("m1", "m4", "m4b", "m5"))]
-    m1 = [line_check(run, run.last_epoch, run.label, ">= 74", lambda x: x >= 74) for run in _runs(study, ("m1",))]
+    m1 = [line_check(run, run.last_epoch, "validation", ">= 74", lambda x: x >= 74) for run in _runs(study, ("m1",))]
     results = [
         _post(1, "species better than a coin from epoch index 15", latent, [_two_choice(run) for run in latent]),
         _post(2, "final checkpoint loads and computes", everyone, [_loads(run) for run in everyone]),
@@ -87,7 +87,7 @@ def _loads(run: Run) -> Check:
 
 
 def _last_line(run: Run, threshold: int) -> Check:
-    return line_check(run, run.last_epoch, run.label, f">= {threshold}", lambda x: x >= threshold)
+    return line_check(run, run.last_epoch, "validation", f">= {threshold}", lambda x: x >= threshold)
 
 
 def _schedule(run: Run) -> Check:

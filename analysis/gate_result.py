@@ -118,12 +118,14 @@ def render(results: list[Result], colour: bool) -> str:
         label = f"{kind.upper()} {rest}" if rest else f"GATE {result.gate}"
         lines.append(f"{label} {status}  {result.subject}{''.join(f'  [{tag}]' for tag in tags)}".rstrip())
         names, rules = ([getattr(c, key) for c in result.checks] for key in ("name", "rule"))
+        words = {"FAILS": "raises it"} if kind == "flag" else {}
         values = ["-" if c.waits else c.value for c in result.checks]
         name_w, value_w, rule_w = (max(map(len, column), default=0) for column in (names, values, rules))
         for c, value in zip(result.checks, values, strict=True):
             count = f"n={c.n}" if c.n is not None else ""
             row = f"    {c.name:<{name_w}}  {value:<{value_w}}  {c.rule:<{rule_w}}  "
-            lines += _folded((row + (c.value if c.waits else f"{count:<6}  {c.verdict}")).rstrip())
+            end = c.value if c.waits else f"{count:<6}  {words.get(c.verdict, c.verdict)}"
+            lines += _folded((row + end).rstrip())
             lines += _folded(f"        {c.detail}") if c.detail else []
         if result.accepted:
             lines += _folded(f"    accepted: {result.accepted}")

@@ -56,7 +56,7 @@ class Study:
 
 def line_check(run: Run, line: int, name: str, rule: str, holds: Callable[[Fraction], bool]) -> Check:
     """A rule on validation `line` of a run."""
-    name = f"{name} {run.model} line {line}"
+    name = f"{name} {run.label} line {line}"
     if run.problem:
         return missing(name, rule, f"agreement: {run.problem}")
     accuracy = run.evals.get(line - 1)
