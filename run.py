@@ -122,12 +122,14 @@ def execute(config: Config, world: World) -> None:
     if config.only_eval:
         validate(run, config.resume, f"eval_{Path(config.val_path).stem}.jsonl")
         return
+    accumulation = accumulation_steps(config, world)
+    build_optimizer(model, config)  # a wrong name must be an error before anything is written
     if run.writes:
         folder.begin(model)
     run.metrics = Metrics(config, folder.path, run.writes)
     run.evaluated = world.from_main(folder.evaluations(position.epoch) if world.is_main else None)
     run.metrics.log(event="start", epoch=position.epoch, step_in_epoch=position.step, world_size=world.size)
-    train(run, position, optimizer_state, resumed)
+    train(run, position, accumulation, optimizer_state, resumed)
     if run.writes:
         run.meter.print_summary(run.evaluated, world.device)
     run.metrics.log(event="end", epoch=position.epoch - 1, seconds=time.time() - run.meter.started)
@@ -198,10 +200,9 @@ def check_lengths(run: Run) -> None:
 # ---------------------------------------------------------------- training
 
 
-def train(run: Run, position: Position, optimizer_state: dict | None, resumed: bool) -> None:
+def train(run: Run, position: Position, accumulation: int, optimizer_state: dict | None, resumed: bool) -> None:
     """All epochs from `position` on: train, save, validate."""
     config, world, folder = run.config, run.world, run.folder
-    accumulation = accumulation_steps(config, world)
     if resumed and position.step == 0 and 0 < position.epoch and position.epoch - 1 not in run.evaluated:
         finish_epoch(run, position)
     if position.epoch >= config.num_epochs:

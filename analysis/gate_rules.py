@@ -80,6 +80,8 @@ def diverging(run: Run, until: int) -> tuple[bool, str, list[Check]]:
         printed = ((e, x) for e, batches in run.log.losses.items() for x in batches.values())
         bad += [f"epoch index {e}: loss {x}" for e, x in printed if e <= until and not math.isfinite(x)]
         bad += run.log.bad_losses if run.metrics is None else []
+        ends = (e for e in run.log.aborted if e <= until and e not in run.evals)  # a validated epoch was run again
+        bad += [f"epoch index {e}: training stopped at a non-finite loss" for e in ends]
     worst, where, lowest = 0.0, "", {}
     means = {e: loss for e, loss in run.train_means.items() if e <= until}
     for epoch, loss in means.items():

@@ -25,6 +25,7 @@ _EVAL_LOSS = re.compile(r"^eval loss (\S+)")
 _BATCH = re.compile(r"^Effective batch size: (\d+)")
 _WORLD = re.compile(r"^Running FSDP on rank = \d+, world size = (\d+)")
 _RESUMED = re.compile(r"^(Loading from previous run epoch_\d+!|Warning: found previous run)")
+_ABORTED = re.compile(r"\bis not finite at epoch (\d+), update")  # training refuses such a step and ends
 _NON_FINITE = re.compile(r"(?<![\w.])[-+]?(nan|inf|infinity)(?![\w.])", re.IGNORECASE)
 _FREE_TEXT = ("Config:", "Question ", "Full output", "Extracted Output")  # lines that may hold such words as text
 
@@ -54,6 +55,7 @@ class Log:
     losses: dict[int, dict[int, float]] = field(default_factory=dict)
     bad_losses: list[str] = field(default_factory=list)
     non_finite: list[str] = field(default_factory=list)
+    aborted: list[int] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     batch: int | None = None
     world: int | None = None
@@ -73,6 +75,8 @@ def read_log(path: Path) -> Log:
         elif match := _EVAL_LOSS.match(line):
             if not math.isfinite(_number(match[1])):
                 log.bad_losses.append(line)
+        elif match := _ABORTED.search(line):
+            log.aborted.append(int(match[1]))
         elif match := _BATCH.match(line):
             log.batch = int(match[1])
         elif match := _WORLD.match(line):

@@ -38,9 +38,7 @@ def clause_tokenizer() -> Tokenizer:
     )
     # The space between sentences is no token: dropped on the way in, put back on the way out.
     tokenizer.normalizer = normalizers.Replace(". ", ".")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Fuse(), decoders.Replace(".", ". "), decoders.Replace(". \n", ".\n"), decoders.Strip(" ", 0, 1)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(r"\.(?=\w)"), ". ")])
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """What all tests share: one thread, the repository root on the import path, the official data files."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # a folder or nothing: no test may wait for a hub
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def fragment(epoch: int, correct: int, total: int = 300, loss: float = 0.5) -> s
         f"Test Accuracy:   0%|          | 0/{total}\rTest accuracy: 0.61: 100%|#| {total}/{total}\r"
         "Question 0: Answer = 'Tom is a nan.' CoT = 'inf'\nFull output: 'nan inf'\n"
         f"Device 0: Cor={correct}, CoT=0, Total={total}\n"
-        f"Accuracy on validation set: {correct} / {total} = {correct / total}\n"
+        f"Test accuracy: 0.61: 100%|#| {total}/{total}\rAccuracy on validation set: {correct} / {total} = 0.61\n"
         f"CoT match on validation set: 0 / {total} = 0.0\n"
     )
 

@@ -105,6 +105,16 @@ def test_gate_3_divergence(tmp_path, capsys, loss, code):
     assert call(capsys, "--gate", 3, "--log", path)[0] == code
 
 
+def test_gate_3_fails_where_training_stopped_at_a_bad_loss(tmp_path, capsys):
+    path = write_log(tmp_path, "m3", [200] * 7)
+    stop = "FloatingPointError: loss nan or gradient norm nan is not finite at epoch 7, update 12; no step was taken\n"
+    path.write_text(path.read_text() + stop)
+    code, out = call(capsys, "--gate", 3, "--log", path)
+    assert code == 1 and "epoch index 7" in out
+    path.write_text(path.read_text() + "".join(fragment(epoch, 200) for epoch in range(7, 15)))
+    assert call(capsys, "--gate", 3, "--log", path)[0] == 0, "the restarted run went on soundly"
+
+
 def test_a_falling_first_stage_is_no_divergence(tmp_path, capsys):
     path = tmp_path / "m3_coconut.log"
     path.write_text("".join(fragment(e, 200, loss=4.0 / (1 + e % 5)) for e in range(15)))
