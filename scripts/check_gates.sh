@@ -21,8 +21,8 @@ case "${1:-}" in
 esac
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
+python="${PYTHON:-$root/.venv/bin/python}"
+command -v "$python" >/dev/null || python=python3
 logs="$1"
 shift
 exec "$python" "$root/analysis/gates.py" --gate all --logs "$logs" "$@"

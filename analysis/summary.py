@@ -1,0 +1,111 @@
+"""What a folder of runs has reached: one line a model with n and 95 % interval, and the picture of its training.
+
+    python -m analysis.summary runs/quickstart --out results/quickstart [--models m1_cot m3_coconut]
+
+Reads metrics.jsonl, run.json and the per-question records of each run folder; writes summary.json, summary.md, accuracy.png.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as `python analysis/summary.py`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scipy.stats import binomtest  # noqa: E402
+
+from analysis.figures import training_curves  # noqa: E402
+from utils import read_jsonl, whole_file, write_json  # noqa: E402
+
+COLUMNS = ("model", "feedback", "stage", "latents", "set", "exact match", "95 % interval", "two-choice", "tokens/question", "train s")
+
+
+def level(correct: int, n: int) -> dict:
+    """{"correct", "n", "accuracy", "ci95"}, the Wilson interval, as fractions."""
+    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return {"correct": correct, "n": n, "accuracy": correct / n, "ci95": [interval.low, interval.high]}
+
+
+def read_run(folder: Path, test_records: str) -> dict:
+    """Everything the summary says of one run folder. ValueError where it was never evaluated."""
+    evaluations = {r["epoch"]: r for r in read_jsonl(folder / "metrics.jsonl") if r["event"] == "eval"}
+    if not evaluations:
+        raise ValueError(f"{folder} has no evaluation in metrics.jsonl; train it first")
+    last, about = evaluations[max(evaluations)], json.loads((folder / "run.json").read_text())
+    seconds = {r["epoch"]: r["seconds"] for r in read_jsonl(folder / "metrics.jsonl") if r["event"] == "train_epoch"}
+    test = read_jsonl(folder / test_records)
+    levels = {"validation": level(last["correct"], last["total"])}
+    if test:
+        levels["test"] = level(sum(r["correct"] for r in test), len(test))
+        if "two_choice_correct" in test[0]:
+            levels["test two-choice"] = level(sum(r["two_choice_correct"] for r in test), len(test))
+    return {
+        "label": folder.name,
+        "model_key": about["model_key"],
+        "feedback_mode": "none" if about["model_key"] in ("m0", "m1", "m2", "custom") else about["config"]["feedback_mode"],
+        "stage": last["stage"],
+        "n_latents": last["n_latents"],
+        "generated_tokens": sum(r["generated_tokens"] for r in test) / len(test) if test else last["eval/gen_tokens"],
+        "train_seconds": sum(seconds.values()),
+        "levels": levels,
+        "evaluations": [{k: evaluations[e][k] for k in ("epoch", "stage", "correct", "total")} for e in sorted(evaluations)],
+        "versions": about["versions"],
+    }
+
+
+def table(runs: list[dict]) -> list[tuple[str, ...]]:
+    """Rows of text under `COLUMNS`; the test set where it was evaluated, else validation."""
+    rows = []
+    for run in runs:
+        name = "test" if "test" in run["levels"] else "validation"
+        exact, two = run["levels"][name], run["levels"].get("test two-choice")
+        low, high = (f"{100 * bound:.1f}" for bound in exact["ci95"])
+        rows.append(
+            (
+                run["label"],
+                run["feedback_mode"],
+                str(run["stage"]),
+                str(run["n_latents"]),
+                f"{name}, n = {exact['n']}",
+                f"{100 * exact['accuracy']:.1f} %",
+                f"{low} .. {high}",
+                f"{100 * two['accuracy']:.1f} %" if two else "",
+                f"{run['generated_tokens']:.1f}",
+                f"{run['train_seconds']:.0f}",
+            )
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of run folders")
+    parser.add_argument("--out", type=Path, required=True, help="where summary.json, summary.md and accuracy.png go")
+    parser.add_argument("--models", nargs="+", help="run folders to show, in this order (default: all, by name)")
+    parser.add_argument("--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records")
+    args = parser.parse_args(argv)
+    try:
+        names = args.models or sorted(p.parent.name for p in args.runs.glob("*/metrics.jsonl"))
+        if not names:
+            raise ValueError(f"{args.runs} holds no run folders (with a metrics.jsonl)")
+        runs = [read_run(args.runs / name, args.test_records) for name in names]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [COLUMNS, *table(runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    write_json(args.out / "summary.json", {"schema_version": 1, "runs": runs})
+    with whole_file(args.out / "summary.md") as file:
+        lines = [rows[0], ["---"] * len(COLUMNS), *rows[1:]]
+        file.writelines("| " + " | ".join(line) + " |\n" for line in lines)
+    training_curves(runs, args.out / "accuracy.png", chance=50.0)
+    print(f"Written: {args.out}/summary.json, summary.md, accuracy.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
