@@ -12,7 +12,6 @@ Files are written under a temporary name and renamed; nothing is ever unpickled 
 
 import fcntl
 import json
-import os
 import platform
 import re
 import subprocess
@@ -56,15 +55,11 @@ def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(value, path: Path) -> None:
-    try:
-        with whole_file(path, "wb") as file:
+    with whole_file(path, "wb") as file:
+        try:
             torch.save(value, file)
-    except (OSError, RuntimeError) as error:
-        free = os.statvfs(path.parent)
-        raise ValueError(
-            f"cannot write {path} ({' '.join(str(error).split())[:120]}); {free.f_bavail * free.f_frsize / 1e9:.2f} GB free: "
-            "make room and start the same command again; earlier checkpoints are intact"
-        ) from None
+        except RuntimeError as error:  # how torch's zip writer reports a failed write
+            raise OSError(str(error)) from None
 
 
 def stored_weights(model: Coconut) -> dict[str, torch.Tensor]:
@@ -111,8 +106,12 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / name
     folder = path if path.is_dir() else path.parent
     held = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-    shown = f"{folder} holds {', '.join(held[:20]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist either"
-    raise ValueError(f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)")
+    shown = (
+        f"{folder} holds {', '.join(held[:20]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist either"
+    )
+    raise ValueError(
+        f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)"
+    )
 
 
 def numbered_checkpoints(folder: Path) -> list[int]:
@@ -141,8 +140,12 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
 
     report = None
     if weights is not None and not wrapped_file:
-        embedding = next(key for key, value in base.state_dict().items() if value is base.get_input_embeddings().weight.data
-                         or value.data_ptr() == base.get_input_embeddings().weight.data_ptr())
+        embedding = next(
+            key
+            for key, value in base.state_dict().items()
+            if value is base.get_input_embeddings().weight.data
+            or value.data_ptr() == base.get_input_embeddings().weight.data_ptr()
+        )
         rows = weights[embedding].shape[0] if embedding in weights else None
         grown = config.markers and rows == len(tokenizer)
         if grown:
@@ -173,9 +176,13 @@ def with_mode(weights: dict, mode: str, path) -> dict:
     if "feedback_mode_id" in weights:
         found = MODE_OF_ID.get(int(weights["feedback_mode_id"]), "unknown")
     if found is None and mode not in PAUSE_MODES:
-        raise ValueError(f"{path} has a pause_embedding and does not say its mode; set feedback_mode to one of {', '.join(PAUSE_MODES)}")
+        raise ValueError(
+            f"{path} has a pause_embedding and does not say its mode; set feedback_mode to one of {', '.join(PAUSE_MODES)}"
+        )
     if found is not None and found != mode:
-        raise ValueError(f"{path} is a {found} checkpoint, the config says {mode}; set feedback_mode: {found} or load another file")
+        raise ValueError(
+            f"{path} is a {found} checkpoint, the config says {mode}; set feedback_mode: {found} or load another file"
+        )
     if found is None:
         weights = weights | {"feedback_mode_id": torch.tensor(FEEDBACK_MODES[mode].mode_id)}
     return weights
@@ -190,7 +197,9 @@ def load_run(path: str | Path, **changes):
     side = path.with_name(path.name.replace("checkpoint_", "state_"))
     side = side if side.is_file() and side != path else path.with_name("run.json")
     if not side.is_file():
-        raise ValueError(f"{path} has no state_N or run.json beside it that says what it is; stock files need a YAML and run.py")
+        raise ValueError(
+            f"{path} has no state_N or run.json beside it that says what it is; stock files need a YAML and run.py"
+        )
     config = check_config(json.loads(side.read_text())["config"] | changes, str(side))
     model, tokenizer, ids, _ = build_model(config, path)
     return model.eval(), tokenizer, ids, config
@@ -243,14 +252,20 @@ class RunFolder:
 
     def open(self, exclusive: bool) -> None:
         """Create the folder; for training keep other processes out and clear what a killed one left half-written."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"save_path: cannot make the folder {self.path}: {error.strerror}") from None
         if not exclusive:
             return
+        self._refuse_other_run()
         self._lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another process is training in {self.path}; stop it or give this run another name") from None
+            raise ValueError(
+                f"another process is training in {self.path}; stop it or give this run another name"
+            ) from None
         for leftover in self.path.glob(".tmp-*"):
             leftover.unlink()
         if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
@@ -266,8 +281,7 @@ class RunFolder:
     # ------------------------------------------------------------ saving
 
     def begin(self, model: Coconut) -> None:
-        """Write what the run is, after refusing to mix it with another one."""
-        self._refuse_other_run()
+        """Write what the run is."""
         write_json(
             self.path / "run.json",
             {"model_key": self.config.model_key, "config": self.config.model_dump(), "versions": versions()},
@@ -284,9 +298,14 @@ class RunFolder:
         identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
         fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
         if fatal:
-            raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
+            raise ValueError(
+                f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path"
+            )
         if differing:
-            print("Warning: resuming with other settings: " + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing))
+            print(
+                "Warning: resuming with other settings: "
+                + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing)
+            )
 
     def save_checkpoint(self, model: Coconut, position: Position, **facts) -> Path:
         """Write state_N, then checkpoint_N, for N = position.epoch epochs done; earlier mid-epoch snapshots are obsolete."""

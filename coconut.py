@@ -218,7 +218,9 @@ class Coconut(nn.Module):
 
     # ------------------------------------------------------------ the one loop
 
-    def rollout(self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None) -> Rollout:
+    def rollout(
+        self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None
+    ) -> Rollout:
         """Run the passes over a batch of tokens (int64 [B, T]) and fill every thought slot on the way.
 
         `attention_mask` ([B, T], 0 at padding; default all ones) and `position_ids` ([B, T]; default counts real columns)
@@ -272,8 +274,11 @@ class Coconut(nn.Module):
         Returns what the pass was given (after the edit) and its states after the final norm.
         """
         base = self.base_causallm
+        self.gen_forward_cnt += 1
         if cache is not None and self.training and base.is_activation_checkpointing:
-            raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
+            raise ValueError(
+                "gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it"
+            )
         with ExitStack() as hooks:
             if edit is not None:
                 x_BCD = _edited(edit, 0, pass_, x_BCD)
@@ -304,7 +309,15 @@ class Coconut(nn.Module):
         return F.cross_entropy(logits_NV, labels_BT[rows_N, columns_N + 1], reduction="none"), rows_N
 
     def forward(
-        self, input_ids, attention_mask=None, labels=None, position_ids=None, *, full_logits=None, edit=None, row_ids=None
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        position_ids=None,
+        *,
+        full_logits=None,
+        edit=None,
+        row_ids=None,
     ) -> Outputs:
         """Teacher-forced forward.
 
@@ -343,7 +356,7 @@ class Coconut(nn.Module):
 
         A row ends at its first EOS (also as first new token), or where the model has no more positions. Returns
         [B, T + new] ids: the prompt, the new tokens without EOS, and EOS as filler up to the longest row; with
-        `output_embedding` also the embeddings fed, [B, T + new, D]. `synced_gpus` is accepted and has no effect: nothing
+        `output_embedding` also their embeddings as fed, [B, T + new, D]. `gen_forward_cnt` counts the backbone calls. `synced_gpus` is accepted and has no effect: nothing
         here needs ranks in step.
         """
         B, T = input_ids.shape
@@ -354,10 +367,10 @@ class Coconut(nn.Module):
             raise ValueError(f"a prompt of {int(length_B.max())} tokens exceeds the model's {limit} positions")
         row_ids = tuple(range(B) if row_ids is None else row_ids)
         cache = DynamicCache(config=self.base_causallm.config)
+        self.gen_forward_cnt = 0
         hidden_BTD, embeds_BTD, _ = self.rollout(
             input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids
         )
-        self.gen_forward_cnt += 1
         last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
         h_BD = hidden_BTD[torch.arange(B, device=last_B.device), last_B]
         padded = not bool(mask_BT.all())
@@ -376,17 +389,19 @@ class Coconut(nn.Module):
             mask_BT = F.pad(mask_BT, (0, 1), value=1)
             x_B1D, h_B1D = self._backbone_pass(
                 self.embedding(token_B)[:, None],
-                Pass(column - T + 1, column, column + 1, (), row_ids),
+                Pass(self.gen_forward_cnt, column, column + 1, (), row_ids),
                 mask_BT if padded else None,
                 length_B.clamp(max=limit - 1)[:, None],
                 cache,
                 edit,
             )
-            self.gen_forward_cnt += 1
             h_BD, length_B = h_B1D[:, -1], length_B + 1
             fed.append(x_B1D)
-        ids = torch.cat(ids, 1)
-        return (ids, torch.cat(fed, 1)) if output_embedding else ids
+        ids_BT = torch.cat(ids, 1)
+        if not output_embedding:
+            return ids_BT
+        embeds_BTD = torch.cat(fed, 1)  # without the last token, which was chosen and not fed
+        return ids_BT, torch.cat([embeds_BTD, self.embedding(ids_BT[:, embeds_BTD.shape[1] :])], 1)
 
 
 # ---------------------------------------------------------------- helpers
@@ -428,7 +443,12 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def _refuse_scaled_logits(config) -> None:
     """The head is applied to gathered states, so models that rescale logits after it would silently differ: refuse."""
-    for key, neutral in {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "lm_head_multiplier": 1}.items():
+    for key, neutral in {
+        "final_logit_softcapping": None,
+        "logit_scale": 1,
+        "logits_scaling": 1,
+        "lm_head_multiplier": 1,
+    }.items():
         value = getattr(config, key, neutral)
         if value is not None and value != neutral:
             raise ValueError(f"models that rescale their logits are not supported ({key} = {value})")

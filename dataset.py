@@ -72,7 +72,12 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
     Returns a `datasets.Dataset` with `question_tokenized` (with the tokenizer's own special tokens), `steps_tokenized`,
     `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces) and `idx`.
     """
-    from datasets import Dataset  # imports pandas and pyarrow: a second that --help and errors need not wait for
+    from datasets import (
+        Dataset,
+        Features,
+        List,
+        Value,
+    )  # imports pandas and pyarrow: a second that --help and errors need not wait for
 
     path = Path(path)
     load_rows(path, 0)
@@ -83,8 +88,21 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
         "max_size": max_size,
     }
     identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    tokens = List(Value("int64"))
     return Dataset.from_generator(
-        _tokenized_rows, gen_kwargs={"path": str(path), "max_size": max_size, "tokenizer": tokenizer}, fingerprint=identity
+        _tokenized_rows,
+        # Said, not guessed: the first rows of a file may have no steps.
+        features=Features(
+            {
+                "question_tokenized": tokens,
+                "steps_tokenized": List(tokens),
+                "answer_tokenized": tokens,
+                "merges": Value("bool"),
+                "idx": Value("int64"),
+            }
+        ),
+        gen_kwargs={"path": str(path), "max_size": max_size, "tokenizer": tokenizer},
+        fingerprint=identity,
     )
 
 
@@ -187,7 +205,7 @@ def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
 
 
 class Lengths(NamedTuple):
-    """Per row, int64 [rows]: columns before the first latent or the text, all columns, labelled positions, latents."""
+    """Per row, int64 [rows]: question and start marker, all columns, labelled positions, latents."""
 
     prefix: np.ndarray
     total: np.ndarray
@@ -251,7 +269,15 @@ def get_cot_latent_dataset(
 ) -> StageDataset:
     """Training rows of a stage (stock name). Order comes from `epoch_batches`; `shuffle` is accepted and has no effect."""
     return StageDataset(
-        scheduled_stage, base_dataset, configs, start_id, latent_id, end_id, no_special_marker, training=True, epoch=epoch
+        scheduled_stage,
+        base_dataset,
+        configs,
+        start_id,
+        latent_id,
+        end_id,
+        no_special_marker,
+        training=True,
+        epoch=epoch,
     )
 
 
@@ -272,7 +298,9 @@ def epoch_batches(
         return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     whole = n_rows // batch_size * batch_size
     spans = [order[i : min(i + batch_size * window, whole)] for i in range(0, whole, batch_size * window)]
-    order[:whole] = np.concatenate([span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]])
+    order[:whole] = np.concatenate(
+        [span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]]
+    )
     batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     return [batches[i] for i in rng.permutation(whole // batch_size)] + batches[whole // batch_size :]
 

@@ -92,7 +92,9 @@ def generate_records(
         made = [_record(rows[i], i, new, int(lengths.latents[i]), tokenizer) for i, new in zip(batch_rows, new_ids)]
         if two_choice:
             with precision or nullcontext():
-                scores = score_options(model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit)
+                scores = score_options(
+                    model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit
+                )
             made = [record | score for record, score in zip(made, scores)]
         records += made
         bar.set_description(f"Test accuracy: {np.mean([r['correct'] for r in records]):.2f}")
@@ -139,6 +141,16 @@ def has_options(row: dict) -> bool:
     return all(key in row for key in ("idx_to_symbol", "root", "target", "neg_target"))
 
 
+def wants_two_choice(config, rows: list[dict]) -> bool:
+    """Whether options are to be scored: as the config says, by default where every row has them."""
+    possible = all(map(has_options, rows))
+    if config.two_choice is True and not possible:
+        raise ValueError(
+            f"two_choice: rows of {config.val_path} name no two options (root, target, neg_target); set auto"
+        )
+    return possible and config.two_choice is not False
+
+
 @torch.no_grad()
 def score_options(
     model: Coconut, rows: list[dict], prompts: list[dict], new_ids: list[list[int]], tokenizer, world: World, edit=None
@@ -146,9 +158,11 @@ def score_options(
     """Two-choice scores after each row's own generated steps, `### Name is a`.
 
     An option's score is the summed log-probability of its pieces; pieces that both options begin with cancel. Returns
-    margin (log P(target) - log P(wrong), nats), two_choice_correct, two_choice_ce (nats; log 2 is a coin) for each row.
+    margin (log P(target) - log P(wrong), nats), two_choice_correct, two_choice_ce (nats; log 2 is a coin) for each row;
+    all None where prompt and answer exceed the model's positions. Own steps are cut to what fits.
     """
-    sequences = []
+    max_positions = getattr(model.base_causallm.config, "max_position_embeddings", None) or sys.maxsize
+    sequences, scored = [], []
     for row, prompt, new in zip(rows, prompts, new_ids):
         symbols = row["idx_to_symbol"]
         answers = [
@@ -156,20 +170,35 @@ def score_options(
             for option in ("target", "neg_target")
         ]
         shared = next(i for i, (a, b) in enumerate(zip(*answers)) if a != b)
-        own_steps = _own_steps(new, tokenizer)
+        room = max_positions - len(prompt["input_ids"]) - max(map(len, answers))
+        if room < 0:
+            continue
+        scored.append(prompt["idx"])
+        own_steps = _own_steps(new, tokenizer)[:room]
         for answer in answers:
             ids = np.concatenate([prompt["input_ids"], np.array([*own_steps, *answer], dtype=np.int64)])
             labels = np.full(len(ids), -100)
             labels[len(ids) - len(answer) + shared :] = answer[shared:]
             sequences.append({"input_ids": ids, "labels": labels})
-    batch = {key: value.to(world.device) for key, value in MyCollator(tokenizer, model.latent_token_id)(sequences).items()}
-    labels = batch.pop("labels")
-    row_ids = [prompt["idx"] for prompt in prompts for _ in range(2)]
-    hidden_BTD = model.rollout(**batch, edit=edit, row_ids=row_ids).hidden_BTD
-    loss_N, row_N = model.label_losses(hidden_BTD, labels)
-    logp_B = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, row_N.cpu(), -loss_N.cpu().double())
-    margins = (logp_B[0::2] - logp_B[1::2]).tolist()
-    return [{"margin": m, "two_choice_correct": m > 0, "two_choice_ce": float(np.logaddexp(0, -m))} for m in margins]
+    margins = {}
+    if sequences:
+        batch = MyCollator(tokenizer, model.latent_token_id)(sequences)
+        batch = {key: value.to(world.device) for key, value in batch.items()}
+        labels = batch.pop("labels")
+        hidden_BTD = model.rollout(**batch, edit=edit, row_ids=np.repeat(scored, 2).tolist()).hidden_BTD
+        loss_N, row_N = model.label_losses(hidden_BTD, labels)
+        logp_B = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, row_N.cpu(), -loss_N.cpu().double())
+        margins = dict(zip(scored, (logp_B[0::2] - logp_B[1::2]).tolist()))
+    return [_scores(margins.get(prompt["idx"])) for prompt in prompts]
+
+
+def _scores(margin: float | None) -> dict:
+    known = margin is not None
+    return {
+        "margin": margin,
+        "two_choice_correct": margin > 0 if known else None,
+        "two_choice_ce": float(np.logaddexp(0, -margin)) if known else None,
+    }
 
 
 def _own_steps(new_ids: list[int], tokenizer) -> list[int]:
@@ -194,9 +223,11 @@ def summarize(records: list[dict]) -> dict:
         "eval/gen_tokens": float(np.mean([r["generated_tokens"] for r in records])),
         "eval/numeric_acc": float(np.mean([r["numerically_equal"] for r in records])),
     }
-    if "margin" in records[0]:
-        summary["eval/two_choice_acc"] = float(np.mean([r["two_choice_correct"] for r in records]))
-        summary["eval/two_choice_ce"] = float(np.mean([r["two_choice_ce"] for r in records]))
+    scored = [r for r in records if r.get("margin") is not None]
+    if scored:
+        summary["two_choice_total"] = len(scored)
+        summary["eval/two_choice_acc"] = float(np.mean([r["two_choice_correct"] for r in scored]))
+        summary["eval/two_choice_ce"] = float(np.mean([r["two_choice_ce"] for r in scored]))
     return summary
 
 
@@ -222,12 +253,16 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
         world.print(f"eval loss {summary['eval/loss']}")
     prompts = run.rows(get_question_latent_dataset, stage, run.val)
     max_new_tokens = config.max_new_tokens or (64 if "gsm" in config.val_path else 128)
-    two_choice = has_options(run.val_rows[0]) if config.two_choice == "auto" else config.two_choice
+    two_choice = wants_two_choice(config, run.val_rows)
     records = generate_records(
         run.model, prompts, run.val_rows, run.tokenizer, batch_size, max_new_tokens, world, run.precision(), two_choice
     )
     run.model.train(was_training)
-    summary |= {"n_latents": max(r["n_latents"] for r in records), **summarize(records), "seconds": time.time() - started}
+    summary |= {
+        "n_latents": max(r["n_latents"] for r in records),
+        **summarize(records),
+        "seconds": time.time() - started,
+    }
     if world.is_main:
         _print_stock_lines(run, prompts, records, summary)
         if records_name is not None:
@@ -249,5 +284,7 @@ def _print_stock_lines(run, prompts: StageDataset, records: list[dict], summary:
     print(f"CoT match on validation set: {summary['cot_matches']} / {total} = {summary['eval/cot_em']}")
     print(f"Generated tokens per question: {summary['eval/gen_tokens']}")
     if "eval/two_choice_acc" in summary:
-        print(f"Two-choice accuracy: {summary['eval/two_choice_acc']} (cross-entropy {summary['eval/two_choice_ce']:.4f})")
+        print(
+            f"Two-choice accuracy: {summary['eval/two_choice_acc']} (cross-entropy {summary['eval/two_choice_ce']:.4f})"
+        )
     sys.stdout.flush()

@@ -7,13 +7,8 @@ from torch import nn
 
 
 def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
-    """The run's optimizer over exactly the trainable parameters; weight decay on all of them (stock).
-
-    Raises ValueError for an unknown name, listing the known ones.
-    """
+    """The run's optimizer over exactly the trainable parameters; weight decay on all of them (stock)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer {config.optimizer!r} is unknown; known: {', '.join(OPTIMIZERS)}")
     optimizer = OPTIMIZERS[config.optimizer](parameters, config)
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert held == sum(p.numel() for p in parameters), "the optimizer must hold every trainable parameter once"
@@ -41,4 +36,6 @@ def learning_rate(step: int, total: int, warmup: int, config) -> float:
     if not config.use_lr_scheduler:
         return config.lr
     progress = (step - warmup) / max(total - warmup, 1)
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return config.lr * (
+        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )

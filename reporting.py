@@ -26,8 +26,16 @@ class Metrics:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
-        if self.wandb is not None:
-            self.wandb.log({key: value for key, value in record.items() if "/" in key})
+        self._send({key: value for key, value in record.items() if "/" in key})
+
+    def _send(self, values: dict) -> None:
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values)
+        except Exception as error:  # a logging service must never stop training
+            print(f"Warning: wandb is off from here on ({' '.join(str(error).split())[:150]})", flush=True)
+            self.wandb = None
 
     def log_batch(self, rows: list[dict], tokenizer) -> None:
         """A few rows of an epoch's first batch as a wandb table: id, label and token of every position."""
@@ -39,12 +47,18 @@ class Metrics:
         texts = []
         for row in rows:
             pairs = zip(row["input_ids"].tolist(), row["labels"].tolist())
-            texts.append([row["idx"], "\n".join(f"{token} {label} {tokenizer.decode([token])!r}" for token, label in pairs)])
-        self.wandb.log({"data_table": wandb.Table(columns=["step", "text"], data=texts)})
+            texts.append(
+                [row["idx"], "\n".join(f"{token} {label} {tokenizer.decode([token])!r}" for token, label in pairs)]
+            )
+        self._send({"data_table": wandb.Table(columns=["step", "text"], data=texts)})
 
     def close(self) -> None:
-        if self.wandb is not None:
+        if self.wandb is None:
+            return
+        try:
             self.wandb.finish()
+        except Exception as error:
+            print(f"Warning: wandb did not finish ({' '.join(str(error).split())[:150]})", flush=True)
 
 
 def wanted(config) -> bool:
@@ -111,19 +125,27 @@ class Meter:
     def add(self, samples: int, tokens: int, seconds: float) -> dict:
         """Count an epoch; returns its rates."""
         self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
-        return {"tokens_per_s": tokens / max(seconds, 1e-9), "samples_per_s": samples / max(seconds, 1e-9), "seconds": seconds}
+        return {
+            "tokens_per_s": tokens / max(seconds, 1e-9),
+            "samples_per_s": samples / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
 
     def print_summary(self, accuracies: dict[int, float], device: torch.device) -> None:
         """The closing lines: accuracy, time, rates, peak memory. `accuracies`: {epoch index: accuracy}."""
         if accuracies:
             last, best = max(accuracies), max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))
-            print(f"Final accuracy {accuracies[last]:.4f} (epoch {last + 1}), best {accuracies[best]:.4f} (epoch {best + 1})")
+            print(
+                f"Final accuracy {accuracies[last]:.4f} (epoch {last + 1}), best {accuracies[best]:.4f} (epoch {best + 1})"
+            )
         if self.seconds:
             print(
                 f"Trained {self.samples:.0f} samples, {self.tokens:.0f} tokens in {self.seconds:.1f} s: "
                 f"{self.samples / self.seconds:.1f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
             )
-        print(f"Peak memory {peak_memory(device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True)
+        print(
+            f"Peak memory {peak_memory(device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True
+        )
 
 
 def peak_memory(device: torch.device) -> int:

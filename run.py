@@ -30,10 +30,9 @@ from dataset import (
     epoch_batches,
     get_cot_latent_dataset,
     get_dataset,
-    get_question_latent_dataset,
     load_rows,
 )
-from evaluate import validate
+from evaluate import validate, wants_two_choice
 from optimizers import build_optimizer, learning_rate
 from reporting import Meter, Metrics, Progress
 from utils import Config, World, load_config, micro_seed, process_group, set_seed, whole_file, write_json
@@ -81,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys and defaults:\n"
-        + "\n".join(f"  {name:28}{'required' if f.is_required() else f.default}" for name, f in Config.model_fields.items()),
+        + "\n".join(
+            f"  {name:28}{'required' if f.is_required() else f.default}" for name, f in Config.model_fields.items()
+        ),
     )
     parser.add_argument("config", help="YAML file, one complete experiment (see args/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
@@ -94,9 +95,9 @@ def main(argv: list[str] | None = None) -> int:
             world.print(f"Config: {yaml.safe_load(Path(args.config).read_text())}")
             execute(config, world)
         return 0
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def execute(config: Config, world: World) -> None:
@@ -110,7 +111,9 @@ def execute(config: Config, world: World) -> None:
     world.barrier()
     resumed, position, source, optimizer_state = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
-        raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
+        raise ValueError(
+            f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained"
+        )
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)
@@ -123,7 +126,6 @@ def execute(config: Config, world: World) -> None:
         validate(run, config.resume, f"eval_{Path(config.val_path).stem}.jsonl")
         return
     accumulation = accumulation_steps(config, world)
-    build_optimizer(model, config)  # a wrong name must be an error before anything is written
     if run.writes:
         folder.begin(model)
     run.metrics = Metrics(config, folder.path, run.writes)
@@ -143,7 +145,9 @@ def find_start(config: Config, world: World, folder: RunFolder):
         found = world.from_main(folder.find_resume() if world.is_main else None)
     if found is not None:
         path, position = found
-        world.print("Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!")
+        world.print(
+            "Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!"
+        )
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
         if path.name == "last_state":
             weights, optimizer_state = read_last_state(path)
@@ -156,7 +160,9 @@ def find_start(config: Config, world: World, folder: RunFolder):
         path = Path(world.from_main(str(find_checkpoint(config.load_model_path)) if world.is_main else None))
     if config.resume:
         if path is None:
-            print(f"Warning: you want to skip the first {config.resume} but you are not loading any existing checkpoint!")
+            print(
+                f"Warning: you want to skip the first {config.resume} but you are not loading any existing checkpoint!"
+            )
         print(f"Loading from {path} and skip the first {config.resume} epochs", flush=True)
     return False, Position(epoch=config.resume), (path, None), None
 
@@ -175,8 +181,11 @@ def load_data(config: Config, world: World, folder: RunFolder, model, tokenizer,
         world.barrier()
     for key, table in tables.items():
         if table.merges:
-            world.print(f"Note: in {table.merges} of {len(table)} rows of {key} tokens would merge across pieces; pieces are used")
+            world.print(
+                f"Note: in {table.merges} of {len(table)} rows of {key} tokens would merge across pieces; pieces are used"
+            )
     val_rows = load_rows(config.val_path, limits["val_path"])
+    wants_two_choice(config, val_rows)  # raises before compute is touched
     run = Run(config, world, folder, model, tokenizer, ids, val_rows, tables["val_path"], tables.get("train_path"))
     check_lengths(run)
     return run
@@ -253,7 +262,9 @@ def accumulation_steps(config: Config, world: World) -> int:
                 f"effective_batch_size: {config.effective_batch_size} is no multiple of batch_size_training x processes "
                 f"({config.batch_size_training} x {world.size})"
             )
-    world.print(f"Effective batch size: {micro * accumulation} = {config.batch_size_training} x {accumulation} x {world.size}")
+    world.print(
+        f"Effective batch size: {micro * accumulation} = {config.batch_size_training} x {accumulation} x {world.size}"
+    )
     if micro * accumulation != 128 and not config.from_scratch:
         world.print("Warning: the published recipes use an effective batch size of 128 (set effective_batch_size: 128)")
     return accumulation
@@ -270,7 +281,9 @@ def train_epoch(run: Run, trained, optimizer, position: Position, accumulation: 
     per_update = accumulation * world.size
     n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
     warmup = round(config.warmup_epochs * n_updates)
-    world.print(f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates")
+    world.print(
+        f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates"
+    )
     run.metrics.log_batch([rows[i] for i in batches[0][:4]], run.tokenizer)
     bar = Progress(n_updates, position.step, epoch, config.num_epochs, len(batches), enabled=world.is_main)
     started, first_step = time.time(), position.step
@@ -383,7 +396,9 @@ def stopped_early(run: Run, epoch: int) -> bool:
         return False
     stop = max(accuracies[-patience:]) <= max(accuracies[:-patience]) + run.config.min_delta
     if stop:
-        run.world.print(f"Early stop after epoch {epoch}: no gain above {run.config.min_delta} in {patience} evaluations")
+        run.world.print(
+            f"Early stop after epoch {epoch}: no gain above {run.config.min_delta} in {patience} evaluations"
+        )
     return stop
 
 

@@ -1,6 +1,6 @@
 """The run config (YAML + overrides, checked before any compute), seeds, the process group, and files written whole.
 
-    config = load_config("args/prosqa_coconut_1gpu.yaml", ["lr=3e-4", "num_epochs=10"])
+config = load_config("args/prosqa_coconut_1gpu.yaml", ["lr=3e-4", "num_epochs=10"])
 """
 
 import difflib
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ PLACEHOLDER = re.compile(r"^YOUR_PATH")
 class Config(BaseModel):
     """One run. The stock keys first, then the added ones; every key is a YAML key of the same name."""
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=()
+    )
 
     # stock keys
     project: str = "coconut"
@@ -56,7 +59,7 @@ class Config(BaseModel):
     batch_size_training: int = Field(32, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     num_epochs: int = Field(25, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.01, ge=0)
     debug: bool = False
 
@@ -79,7 +82,7 @@ class Config(BaseModel):
     two_choice: bool | Literal["auto"] = "auto"
 
     # optimizer
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     use_lr_scheduler: bool = False
     warmup_epochs: float = Field(0.0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
@@ -103,7 +106,7 @@ class Config(BaseModel):
     def _word_to_bool(cls, value):
         return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
-    @field_validator("load_model_path", mode="before")
+    @field_validator("load_model_path", "train_path", mode="before")
     @classmethod
     def _nothing(cls, value):
         return None if value in ("None", "none", "null", "") else value
@@ -147,37 +150,51 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple = ()) -> C
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         raise ValueError(f"config {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines")
+    values = _parse(lambda: path.read_text(), str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold `key: value` lines with words as keys (quote on, off, yes and no)")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must have the form key=value")
-        values[key.strip()] = yaml.safe_load(value) if value else None
+        values[key.strip()] = _parse(lambda value=value: value, f"override {override!r}")
     return check_config(values, str(path), default_name=path.stem)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags that run code, and without a second value for a key."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(map(str, twice))} given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _parse(read, source: str):
+    try:
+        return yaml.load(read(), _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def check_config(values: dict, source: str, default_name: str | None = None) -> Config:
     """Validate raw values (see `load_config`) and normalise them. `source` names them in the error."""
     values = dict(values)
+    problems = ["lr: also given as learning_rate; keep one"] if {"lr", "learning_rate"} <= values.keys() else []
     if "learning_rate" in values:
-        values.setdefault("lr", values.pop("learning_rate"))
+        values["lr"] = values.pop("learning_rate")
     if default_name is not None and values.get("name") is None:
         values["name"] = default_name
     given = {key: value for key, value in values.items() if value is not None}
-    problems = [
-        f"{key}: replace the placeholder {value}" for key, value in given.items() if PLACEHOLDER.match(str(value))
-    ]
+    problems += [f"{key}: replace the placeholder {v}" for key, v in given.items() if PLACEHOLDER.match(str(v))]
     config = None
     try:
         config = Config(given)
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
-    flags = {key: config is not None and getattr(config, key) or given.get(key) is True for key in METHOD_FLAGS}
+    flags = {key: str(given.get(key, False)).lower() in ("true", "yes", "on", "1") for key in METHOD_FLAGS}
     problems += _check_method(flags, given) + _check_mode(flags, given)
     if config is not None:
         if not config.only_eval and config.train_path is None:
@@ -289,7 +306,9 @@ def process_group(device: str = "auto"):
     """Yield this process's `World`: nccl on CUDA, gloo elsewhere, nothing without torchrun."""
     size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
+        )
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
@@ -310,7 +329,10 @@ _TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 @contextmanager
 def whole_file(path: str | os.PathLike, mode: str = "w"):
-    """Write a file under a temporary name in its folder and rename it into place, so that it is never half there."""
+    """Write a file under a temporary name in its folder and rename it into place, so that it is never half there.
+
+    Raises ValueError with the free space where the disk refuses.
+    """
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -319,6 +341,12 @@ def whole_file(path: str | os.PathLike, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise ValueError(
+            f"cannot write {path} ({' '.join(str(error).split())[:120]}); {free / 1e9:.2f} GB free in its folder: "
+            "make room and start the same command again; what was written before is intact"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,15 @@ import matplotlib
 matplotlib.use("Agg")  # no display on a rented box
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = {"m1": "#4c72b0", "m2": "#8c8c8c", "m3": "#c44e52", "m4": "#ccb974", "m4b": "#8172b3", "m5": "#55a868", "m0": "#937860"}
+COLOURS = {
+    "m1": "#4c72b0",
+    "m2": "#8c8c8c",
+    "m3": "#c44e52",
+    "m4": "#ccb974",
+    "m4b": "#8172b3",
+    "m5": "#55a868",
+    "m0": "#937860",
+}
 
 
 def training_curves(runs: list[dict], path: Path, chance: float | None = None) -> None:
@@ -24,7 +32,9 @@ def training_curves(runs: list[dict], path: Path, chance: float | None = None) -
         points = run["evaluations"]
         percent = [100 * p["correct"] / p["total"] for p in points]
         label = f"{run['label']} (n = {points[0]['total']})"
-        axes.plot([p["epoch"] + 1 for p in points], percent, "o-", ms=3, color=COLOURS.get(run["model_key"]), label=label)
+        axes.plot(
+            [p["epoch"] + 1 for p in points], percent, "o-", ms=3, color=COLOURS.get(run["model_key"]), label=label
+        )
         for p in points:
             stages[p["stage"]] = min(stages.get(p["stage"], p["epoch"]), p["epoch"])
     for stage, epoch in sorted(stages.items()):

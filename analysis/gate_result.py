@@ -1,8 +1,8 @@
 """What a gate says: checks with value and threshold, a status, a table for the terminal, a record for `gates.json`.
 
-    result = Result("3", "m3", [Check("validation accuracy, line 15", "61.00", "> 58", ok=True, n=300)])
-    result.status                      # "PASS"
-    print(render([result], colour=False))
+result = Result("3", "m3", [Check("validation accuracy, line 15", "61.00", "> 58", ok=True, n=300)])
+result.status                      # "PASS"
+print(render([result], colour=False))
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a training run left behind, log, metrics and folder, joined into one `Run`; and where a study's runs lie.
 
-    study = load_study(Path("logs"))
-    run = study[("m3", 0)]
-    run.evals[14]                      # Accuracy(correct=183, total=300), of epoch index 14: "line 15" of the log
-    run.train_means[14], run.folder / "checkpoint_15"
+study = load_study(Path("logs"))
+run = study[("m3", 0)]
+run.evals[14]                      # Accuracy(correct=183, total=300), of epoch index 14: "line 15" of the log
+run.train_means[14], run.folder / "checkpoint_15"
 """
 
 from __future__ import annotations

@@ -18,7 +18,18 @@ from scipy.stats import binomtest  # noqa: E402
 from analysis.figures import training_curves  # noqa: E402
 from utils import read_jsonl, whole_file, write_json  # noqa: E402
 
-COLUMNS = ("model", "feedback", "stage", "latents", "set", "exact match", "95 % interval", "two-choice", "tokens/question", "train s")
+COLUMNS = (
+    "model",
+    "feedback",
+    "stage",
+    "latents",
+    "set",
+    "exact match",
+    "95 % interval",
+    "two-choice",
+    "tokens/question",
+    "train s",
+)
 
 
 def level(correct: int, n: int) -> dict:
@@ -43,13 +54,17 @@ def read_run(folder: Path, test_records: str) -> dict:
     return {
         "label": folder.name,
         "model_key": about["model_key"],
-        "feedback_mode": "none" if about["model_key"] in ("m0", "m1", "m2", "custom") else about["config"]["feedback_mode"],
+        "feedback_mode": "none"
+        if about["model_key"] in ("m0", "m1", "m2", "custom")
+        else about["config"]["feedback_mode"],
         "stage": last["stage"],
         "n_latents": last["n_latents"],
         "generated_tokens": sum(r["generated_tokens"] for r in test) / len(test) if test else last["eval/gen_tokens"],
         "train_seconds": sum(seconds.values()),
         "levels": levels,
-        "evaluations": [{k: evaluations[e][k] for k in ("epoch", "stage", "correct", "total")} for e in sorted(evaluations)],
+        "evaluations": [
+            {k: evaluations[e][k] for k in ("epoch", "stage", "correct", "total")} for e in sorted(evaluations)
+        ],
         "versions": about["versions"],
     }
 
@@ -83,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder of run folders")
     parser.add_argument("--out", type=Path, required=True, help="where summary.json, summary.md and accuracy.png go")
     parser.add_argument("--models", nargs="+", help="run folders to show, in this order (default: all, by name)")
-    parser.add_argument("--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records")
+    parser.add_argument(
+        "--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records"
+    )
     args = parser.parse_args(argv)
     try:
         names = args.models or sorted(p.parent.name for p in args.runs.glob("*/metrics.jsonl"))

@@ -1,9 +1,9 @@
 """Backbones and their tokenizers: any Hugging Face causal LM by id or folder, and the tiny ones that live here.
 
-    tokenizer = load_tokenizer("openai-community/gpt2")
-    ids = add_thought_tokens(tokenizer)
-    model = load_backbone("backbones/prosqa_tiny", from_scratch=True, seed=0)
-    grow_vocabulary(model, tokenizer, ids)
+tokenizer = load_tokenizer("openai-community/gpt2")
+ids = add_thought_tokens(tokenizer)
+model = load_backbone("backbones/prosqa_tiny", from_scratch=True, seed=0)
+grow_vocabulary(model, tokenizer, ids)
 """
 
 from typing import NamedTuple
@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-THOUGHT_TOKENS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # added in this order: GPT-2 ids 50257, 50258, 50259
+THOUGHT_TOKENS = (
+    "<|start-latent|>",
+    "<|end-latent|>",
+    "<|latent|>",
+)  # added in this order: GPT-2 ids 50257, 50258, 50259
 
 
 class ThoughtIds(NamedTuple):
@@ -48,7 +52,9 @@ def _from_hub(auto_class, model_id: str, **kwargs):
         return auto_class.from_pretrained(model_id, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model_id: cannot load {auto_class.__name__} from {model_id!r} (hub id or folder): {reason}") from None
+        raise ValueError(
+            f"model_id: cannot load {auto_class.__name__} from {model_id!r} (hub id or folder): {reason}"
+        ) from None
 
 
 def anchor_ids(tokenizer) -> list[int]:
@@ -59,9 +65,10 @@ def anchor_ids(tokenizer) -> list[int]:
 
 
 def anchor_row(weight_VD: torch.Tensor, tokenizer) -> torch.Tensor:
-    """The row [D] of `<<`; the mean of its pieces' rows where it is several tokens, of all rows where it is none."""
-    ids = anchor_ids(tokenizer)
-    return weight_VD[ids].mean(0) if ids else weight_VD[: len(tokenizer)].mean(0)
+    """The row [D] of `<<`; the mean of its pieces' rows where it is several tokens, of all other words where it is none."""
+    new = {tokenizer.convert_tokens_to_ids(token) for token in THOUGHT_TOKENS}
+    ids = anchor_ids(tokenizer) or [i for i in range(len(tokenizer)) if i not in new]
+    return weight_VD[ids].mean(0)
 
 
 @torch.no_grad()
@@ -73,7 +80,9 @@ def grow_vocabulary(model, tokenizer, ids: ThoughtIds) -> None:
         weight_VD[list(ids)] = anchor_row(weight_VD, tokenizer)
     pieces = anchor_ids(tokenizer)
     if len(pieces) != 1:
-        print(f"`<<` is {len(pieces)} tokens here: new rows start as the mean row of {'these' if pieces else 'the vocabulary'}")
+        print(
+            f"`<<` is {len(pieces)} tokens here: new rows start as the mean row of {'these' if pieces else 'the vocabulary'}"
+        )
 
 
 def resize_vocabulary(model, size: int) -> None:

@@ -1,9 +1,10 @@
 """The tiny GPT-2 backbones for ProsQA that live in this folder: a config and a tokenizer each, no weights (`from_scratch: True`).
 
-- `backbones/prosqa_words`: one token a word and a stop, 2 layers x 128.
-- `backbones/prosqa_clauses`: one token a clause, 3 layers x 64. A fact is two tokens, `Every gerpus` and ` is a terpus.`, so
-  the object stands right behind its subject and following an edge is one induction step; the quickstart learns the task
-  in a tenth of the tokens that words need. Text and scoring stay those of ProsQA: decoding gives the sentence back.
+- `backbones/prosqa_words`: every word and stop is a token, 2 layers x 128.
+- `backbones/prosqa_tiny`: the words that carry the facts are tokens, `Every`, `is a` and `a` are implied, 3 layers x 128. A
+  fact is three tokens (`gerpus terpus .`) with the object right behind its subject, so following an edge is one
+  induction step, and the quickstart learns the task in a third of the samples that all words need. Text and scoring
+  stay those of ProsQA: decoding puts the implied words back.
 
     python -m backbones.tiny        # writes both folders again
 """
@@ -17,34 +18,43 @@ from data.prosqa_graph import NAMES, SPECIES
 
 HERE = Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<<", ">>"]
+# One word a token, joined by spaces, but for stops and line ends.
+SPACING = [(" .", "."), (" ?", "?"), (" \n", "\n"), ("\n ", "\n")]
+# What `prosqa_tiny` leaves out on the way in, and how it is put back, in this order.
+IMPLIED = [("Every ", ""), (" is a ", " "), (Regex(r" a (?=[a-z]+ or )"), " ")]
+RESTORED = [
+    (Regex(r"(?<=\w) (?=\w+\.)"), " is a "),
+    (Regex(r" (?=[a-z]+ or )"), " a "),
+    (Regex(r"\b(?=[a-z]+ is a )"), "Every "),
+]
 
 
-def word_tokenizer() -> Tokenizer:
-    """Words, stops and newlines; decoding joins words with spaces."""
-    words = [*SPECIAL, "\n", ".", "?", "###", "Every", "Is", "is", "a", "or", *NAMES, *SPECIES]
-    tokenizer = _word_level(words, r"\w+|\n|[.?]|###|<<|>>", behavior="removed", invert=True)
-    tidy = {" .": ".", " ?": "?", " \n": "\n", "\n ": "\n"}
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix="@@", cleanup=False), decoders.Fuse(), *(decoders.Replace(a, b) for a, b in tidy.items())]
-    )
-    return tokenizer
-
-
-def clause_tokenizer() -> Tokenizer:
-    """Subjects (`Tom`, `Every gerpus`), objects (` is a terpus.`) and options (` a lempus`, ` or scrompus?`)."""
-    clauses = [form.format(s) for s in SPECIES for form in ("Every {}", " is a {}.", " a {}", " or {}?")]
-    tokenizer = _word_level(
-        [*SPECIAL, "\n", "Is ", "### ", *NAMES, *clauses], r"Every \w+| is a \w+\.| a \w+| or \w+\?|\n|Is |### |<<|>>|\w+", "isolated"
-    )
-    # The space between sentences is no token: dropped on the way in, put back on the way out.
-    tokenizer.normalizer = normalizers.Replace(". ", ".")
-    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(r"\.(?=\w)"), ". ")])
-    return tokenizer
-
-
-def _word_level(words: list[str], pattern: str, behavior: str, invert: bool = False) -> Tokenizer:
+def word_tokenizer(function_words: bool = True) -> Tokenizer:
+    """One token a word, stop or line end; without `function_words` those of `IMPLIED` are left out and restored."""
+    words = [
+        *SPECIAL,
+        "\n",
+        ".",
+        "?",
+        "###",
+        "Is",
+        "or",
+        *(("Every", "is", "a") if function_words else ()),
+        *NAMES,
+        *SPECIES,
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior, invert)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[.?\n]|###|<<|>>"), "removed", invert=True)
+    replaced = [*SPACING, *([] if function_words else RESTORED)]
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="@@", cleanup=False),
+            decoders.Fuse(),
+            *(decoders.Replace(a, b) for a, b in replaced),
+        ]
+    )
+    if not function_words:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(a, b) for a, b in IMPLIED])
     return tokenizer
 
 
@@ -65,4 +75,12 @@ def write(folder: Path, tokenizer: Tokenizer, **shape) -> None:
 
 if __name__ == "__main__":
     write(HERE / "prosqa_words", word_tokenizer(), n_layer=2, n_embd=128, n_head=4, n_positions=1024)
-    write(HERE / "prosqa_clauses", clause_tokenizer(), n_layer=3, n_embd=64, n_head=4, n_positions=256, initializer_range=0.08)
+    tiny = {
+        "n_layer": 3,
+        "n_embd": 128,
+        "n_head": 4,
+        "n_positions": 256,
+        "initializer_range": 0.05,
+        "activation_function": "relu",
+    }
+    write(HERE / "prosqa_tiny", word_tokenizer(function_words=False), **tiny)

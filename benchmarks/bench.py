@@ -56,7 +56,9 @@ class Bench:
     def __init__(self, name: str, data: Path, gpt2_tokenizer: Path, batch_size: int, device: torch.device):
         layers, width, heads, vocabulary, kind = SHAPES[name]
         self.device = device
-        self.tokenizer = backbones.load_tokenizer(str(gpt2_tokenizer if kind == "gpt2" else ROOT / "backbones/prosqa_words"))
+        self.tokenizer = backbones.load_tokenizer(
+            str(gpt2_tokenizer if kind == "gpt2" else ROOT / "backbones/prosqa_words")
+        )
         ids = backbones.add_thought_tokens(self.tokenizer)
         size = vocabulary or len(self.tokenizer)
         self.fold = size if size < len(self.tokenizer) else None  # a smaller vocabulary keeps the lengths of the rows
@@ -152,7 +154,9 @@ def measure_shape(name: str, bench: Bench, rounds: int, generated: int, oracle_r
     plain = lambda i: step(bench.base(**batch(i), use_cache=False).loss, bench.base)  # noqa: E731
     runs = {
         "P1": compare(lambda i: step(m3(**batch(i)).loss, m3), plain, rounds, device),
-        "P2": compare(lambda i: step(m5(**batch(i)).loss, m5), lambda i: step(cot(**batch(i)).loss, cot), 2 * rounds, device),
+        "P2": compare(
+            lambda i: step(m5(**batch(i)).loss, m5), lambda i: step(cot(**batch(i)).loss, cot), 2 * rounds, device
+        ),
         "ref": compare(lambda i: slow_oracle_step(bench, batch(i)), plain, oracle_rounds, device),
     }
     m3.eval()
@@ -197,9 +201,13 @@ def measure_gpu(bench: Bench, rounds: int) -> list[dict]:
         flops = 6 * 12 * n_layers * d * d * tokens + 6 * n_layers * d * squares + 6 * d * config.vocab_size * labelled
         results.append(
             {
-                "measure": "P3", "shape": f"GPT-2 124M, {precision}", "batch_size": bench.batch_size,
-                "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "tokens_per_s": tokens / elapsed,
-                "mfu": flops / elapsed / peak / 1e12 if peak else None, "rounds": rounds,
+                "measure": "P3",
+                "shape": f"GPT-2 124M, {precision}",
+                "batch_size": bench.batch_size,
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "tokens_per_s": tokens / elapsed,
+                "mfu": flops / elapsed / peak / 1e12 if peak else None,
+                "rounds": rounds,
             }  # fmt: skip
         )
     torch.set_float32_matmul_precision("highest")
@@ -214,7 +222,13 @@ def measure_start(gpt2_tokenizer: Path) -> list[dict]:
         subprocess.run([sys.executable, "data/prosqa.py", "--out", folder], check=True, **quiet)
         backbones.load_tokenizer(str(gpt2_tokenizer)).save_pretrained(f"{folder}/gpt2")
         GPT2Config(n_layer=2, n_embd=64, n_head=2).save_pretrained(f"{folder}/gpt2")
-        command = [sys.executable, "run.py", "args/prosqa_coconut_1gpu.yaml", "from_scratch=True", f"model_id={folder}/gpt2"]
+        command = [
+            sys.executable,
+            "run.py",
+            "args/prosqa_coconut_1gpu.yaml",
+            "from_scratch=True",
+            f"model_id={folder}/gpt2",
+        ]
         command += [f"train_path={folder}/prosqa_train.json", f"val_path={folder}/prosqa_valid.json", "wandb=False"]
         for state in ("tokens not cached", "tokens cached"):
             save = Path(folder) / state.replace(" ", "-")
@@ -248,8 +262,12 @@ def as_table(results: list[dict]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON and the table")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/prosqa_valid.json", help="official rows")
-    parser.add_argument("--gpt2-tokenizer", type=Path, default=ROOT.parent / "shared/data/gpt2_tokenizer", help="folder or id")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared/data/prosqa_valid.json", help="official rows"
+    )
+    parser.add_argument(
+        "--gpt2-tokenizer", type=Path, default=ROOT.parent / "shared/data/gpt2_tokenizer", help="folder or id"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, tiny shapes only: does it run")
     parser.add_argument("--skip-start", action="store_true", help="leave P7 out")
     args = parser.parse_args(argv)
@@ -271,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "command": "bash scripts/bench.sh " + " ".join(argv if argv is not None else sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

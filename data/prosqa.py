@@ -127,7 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         check_file(args.check)
         return
     pr.make_splits(
-        Path(args.out), draw_row, args.sizes, args.seed, force=args.force,
+        Path(args.out),
+        draw_row,
+        args.sizes,
+        args.seed,
+        force=args.force,
         conditions={"hops": HOPS},
         parameters={"generator": "prosqa", "hops": HOPS, "nodes": NODES, "lam": PARENTS},
         official=(OFFICIAL_MEANS, OFFICIAL_BASELINES),

@@ -44,7 +44,9 @@ class TwoChain:
         if not 1 <= h_low <= h_high:
             raise ValueError(f"hops: {h_low} {h_high} is no range; give LOW HIGH with 1 <= LOW <= HIGH")
         if not n_low <= n_high or n_high < 2 * h_high + 2:
-            raise ValueError(f"nodes: {n_low} {n_high}; two chains of {h_high} hops need at least {2 * h_high + 2} nodes")
+            raise ValueError(
+                f"nodes: {n_low} {n_high}; two chains of {h_high} hops need at least {2 * h_high + 2} nodes"
+            )
         if not self.lam > 0:
             raise ValueError(f"lambda: {self.lam}; the mean number of parents must be positive")
         if not n_high - 2 <= self.species <= len(pg.SPECIES):
@@ -120,7 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     weights = tuple(args.hop_weights) if args.hop_weights else None
     spec = TwoChain(tuple(args.hops), weights, tuple(args.nodes), args.lam, args.species, args.names)
     pr.make_splits(
-        Path(args.out), lambda rng: draw_row(rng, spec), args.sizes, args.seed, force=args.force,
+        Path(args.out),
+        lambda rng: draw_row(rng, spec),
+        args.sizes,
+        args.seed,
+        force=args.force,
         conditions={"hops": spec.hops, "two_chain": True},
         parameters={"generator": "two_chain", **spec.parameters()},
     )

@@ -24,7 +24,7 @@ from data.prosqa_graph import NAMES, SPECIES
 from data.prosqa_rows import draw_rows
 
 FOLDER = Path(backbones.__file__).parent
-FOLDERS = ("prosqa_words", "prosqa_clauses")
+FOLDERS = ("prosqa_words", "prosqa_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +97,15 @@ def test_generated_answer_reads_back_behind_steps(folder, rows):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True) == text
 
 
-def test_a_fact_is_two_tokens_in_clauses():
-    tokenizer = backbones.load_tokenizer(str(FOLDER / "prosqa_clauses"))
+def test_a_fact_is_three_tokens_in_the_tiny_backbone():
+    tokenizer = backbones.load_tokenizer(str(FOLDER / "prosqa_tiny"))
     pieces = tokenizer.tokenize(f"Every {SPECIES[0]} is a {SPECIES[1]}. {NAMES[0]} is a {SPECIES[0]}.")
-    assert pieces == [f"Every {SPECIES[0]}", f" is a {SPECIES[1]}.", NAMES[0], f" is a {SPECIES[0]}."]
+    assert pieces == [SPECIES[0], SPECIES[1], ".", NAMES[0], SPECIES[0], "."]
 
 
 @pytest.mark.parametrize(
-    "folder, make", [("prosqa_words", tiny.word_tokenizer), ("prosqa_clauses", tiny.clause_tokenizer)]
+    "folder, make",
+    [("prosqa_words", lambda: tiny.word_tokenizer()), ("prosqa_tiny", lambda: tiny.word_tokenizer(False))],
 )
 def test_committed_files_are_what_the_module_writes(folder, make, tmp_path):
     def read(path: Path) -> dict:
@@ -113,7 +114,10 @@ def test_committed_files_are_what_the_module_writes(folder, make, tmp_path):
         return content
 
     committed = read(FOLDER / folder / "config.json")
-    shape = {key: committed[key] for key in ("n_layer", "n_embd", "n_head", "n_positions", "initializer_range")}
+    shape = {
+        key: committed[key]
+        for key in ("n_layer", "n_embd", "n_head", "n_positions", "initializer_range", "activation_function")
+    }
     tiny.write(tmp_path, make(), **shape)
     assert read(tmp_path / "config.json") == committed
     assert read(tmp_path / "tokenizer.json") == read(FOLDER / folder / "tokenizer.json")
@@ -209,7 +213,7 @@ def test_one_anchor_says_nothing(capsys):
 
 
 def test_from_scratch_follows_its_seed_and_leaves_the_callers_generator_alone():
-    folder = str(FOLDER / "prosqa_clauses")
+    folder = str(FOLDER / "prosqa_tiny")
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -240,7 +244,7 @@ def test_local_folder_loads_with_equal_weights_in_float32(name, dtype, tmp_path)
 
 
 def test_config_changes_reach_the_model():
-    model = backbones.load_backbone(str(FOLDER / "prosqa_clauses"), True, 0, attn_implementation="eager")
+    model = backbones.load_backbone(str(FOLDER / "prosqa_tiny"), True, 0, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
 
 

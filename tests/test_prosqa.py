@@ -109,7 +109,11 @@ def test_invariant_rejects(broken):
         (row_of(), {"hops": (3, 6)}, "2 hops, allowed are 3 to 6"),
         (row_of(), {"counts": True}, "7 nodes, allowed are 17 to 28"),
         (row_of(edges=[*EDGES, (2, 5)]), {"two_chain": True}, "gorpus is reachable from the root not asked"),
-        (row_of([*SYMBOLS, "felpus"], [*EDGES[:2], *EDGES[3:], (2, 7), (7, 4)]), {"two_chain": True}, "distances 2 and 3"),
+        (
+            row_of([*SYMBOLS, "felpus"], [*EDGES[:2], *EDGES[3:], (2, 7), (7, 4)]),
+            {"two_chain": True},
+            "distances 2 and 3",
+        ),
     ],
 )
 def test_condition_rejects(row, conditions, message):
@@ -287,7 +291,9 @@ def test_existing_files_are_kept_unless_forced(tmp_path):
     sizes = ("--sizes", "2", "2", "2")
     refused = run("--out", str(tmp_path), *sizes)
     assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr == f"error: {theirs} exists and may be the official file; choose another --out or add --force\n"
+    assert (
+        refused.stderr == f"error: {theirs} exists and may be the official file; choose another --out or add --force\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["prosqa_valid.json"] and theirs.read_text() == "official"
     assert run("--out", str(tmp_path), *sizes, "--force").returncode == 0
     assert len(json.loads(theirs.read_text())) == 2

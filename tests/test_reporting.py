@@ -45,8 +45,8 @@ def test_optimizer_holds_exactly_the_trainable_parameters(mode, name, kind):
 
 
 def test_unknown_optimizer_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'adma' is unknown; known: adamw, sgd"):
-        build_optimizer(tiny_model("frozen"), settings(optimizer="adma"))
+    with pytest.raises(ValueError, match="'adamw' or 'sgd'"):
+        settings(optimizer="adma")
 
 
 def test_learning_rate_constant_by_default():

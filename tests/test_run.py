@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
-import run
 from conftest import ROOT
 
+import run
+
 BASE = {
-    "model_id": str(ROOT / "backbones/prosqa_clauses"),
+    "model_id": str(ROOT / "backbones/prosqa_tiny"),
     "from_scratch": True,
     "coconut": True,
     "c_thought": 1,
@@ -176,7 +176,14 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(make, tmp_path)
 
     SGD with momentum, because Adam blows the rounding noise of gradients that are zero (key biases) up to its step size.
     """
-    ragged = {"optimizer": "sgd", "lr": 0.1, "uniform_prob": 0.5, "pad_latent_to_max": False, "c_thought": 3, "max_latent_stage": 3}
+    ragged = {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "uniform_prob": 0.5,
+        "pad_latent_to_max": False,
+        "c_thought": 3,
+        "max_latent_stage": 3,
+    }
     for norm in ("stock", "tokens"):
         common = ragged | {"accumulation_norm": norm}
         assert run.main([make(f"one-{norm}", gradient_accumulation_steps=4, **common)]) == 0
@@ -254,7 +261,10 @@ def kill_at(config: str, tmp_path: Path, name: str, condition) -> None:
         # between the end of an epoch's training and its validation, stock optimizer reset
         ({}, lambda rs: sum(r["event"] == "train_epoch" for r in rs) == 2),
         # only improvements are kept: the weights to go on from are not in any checkpoint_N
-        ({"save_only_improve": True, "reset_optimizer": "stage"}, lambda rs: sum(r["event"] == "eval" for r in rs) == 2),
+        (
+            {"save_only_improve": True, "reset_optimizer": "stage"},
+            lambda rs: sum(r["event"] == "eval" for r in rs) == 2,
+        ),
     ],
     ids=["mid-epoch", "before-validation", "save-only-improve"],
 )
@@ -275,7 +285,9 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does(make, tmp_path, chan
     assert final[0] == final[1] and len(final[0]) == 3
     assert not list((tmp_path / "runs/killed").glob(".tmp-*"))
     best = [tmp_path / "runs" / n / "best.json" for n in ("whole", "killed")]
-    assert best[0].is_file() == best[1].is_file() and (not best[0].is_file() or best[0].read_text() == best[1].read_text())
+    assert best[0].is_file() == best[1].is_file() and (
+        not best[0].is_file() or best[0].read_text() == best[1].read_text()
+    )
 
 
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(make, tmp_path, capsys):
@@ -311,7 +323,9 @@ def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypa
     error = capsys.readouterr().err
     assert "is not finite at epoch 0, update 3; no step was taken" in error
     saved = torch.load(tmp_path / "runs/nan/nonfinite_batch_rank0", weights_only=True)
-    assert saved["step"] == 3 and saved["batches"][0]["input_ids"].shape[0] == 8 and len(saved["batches"][0]["idx"]) == 8
+    assert (
+        saved["step"] == 3 and saved["batches"][0]["input_ids"].shape[0] == 8 and len(saved["batches"][0]["idx"]) == 8
+    )
 
 
 # ---------------------------------------------------------------- bad input

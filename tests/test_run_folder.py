@@ -110,7 +110,7 @@ def test_another_run_in_the_same_folder_is_refused(config_for, method, changes, 
     before = (folder.path / "run.json").read_text()
     other = RunFolder(config_for(method, **changes))
     with pytest.raises(ValueError, match="holds another run") as refused:
-        other.begin(build_model(config_for("coconut"))[0])
+        other.open(exclusive=True)
     assert all(part in str(refused.value) for part in named)
     assert (folder.path / "run.json").read_text() == before
 
@@ -138,9 +138,14 @@ def test_resuming_another_run_names_the_keys_before_its_weights_are_tried(config
 
 def test_other_differences_only_warn(config_for, capsys):
     folder, model = started(config_for("coconut"))
-    RunFolder(config_for("coconut")).begin(model)
+    folder._lock.close()
+    same = RunFolder(config_for("coconut"))
+    same.open(exclusive=True)
     assert "Warning" not in capsys.readouterr().out
-    RunFolder(config_for("coconut", lr=0.5, num_epochs=99)).begin(model)
+    same._lock.close()
+    other = RunFolder(config_for("coconut", lr=0.5, num_epochs=99))
+    other.open(exclusive=True)
+    other.begin(model)
     out = capsys.readouterr().out
     assert (
         "Warning: resuming with other settings" in out and "num_epochs: 25 -> 99" in out and "lr: 0.0001 -> 0.5" in out
@@ -278,7 +283,9 @@ def test_failed_write_keeps_what_was_there_and_names_the_remedy(config_for, monk
         lambda: folder.save_checkpoint(model, Position(epoch=1)),
         lambda: last_state(folder, model, Position(1, 2, 2)),
     ):
-        with pytest.raises(ValueError, match=r"cannot write .*GB free: make room and start the same command again"):
+        with pytest.raises(
+            ValueError, match=r"cannot write .*GB free in its folder: make room and start the same command again"
+        ):
             write_it()
     assert {name: (folder.path / name).read_bytes() for name in before} == before
     assert sorted(p.name for p in folder.path.iterdir()) == names, "no temporary file stays"

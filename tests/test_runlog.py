@@ -1,6 +1,5 @@
 """Reading logs and metrics: carriage returns, resumed runs, torn lines, disagreement."""
 
-
 import pytest
 from gate_material import call, eval_record, fragment, log_text, write_log, write_metrics
 

@@ -89,8 +89,12 @@ def test_splits_share_no_problem_even_when_there_are_only_four(tmp_path, monkeyp
 def test_small_splits_do_not_depend_on_the_training_size(tmp_path):
     for folder, size in (("a", 50), ("b", 300)):
         prosqa_rows.make_splits(
-            tmp_path / folder, lambda rng: two_chain.draw_row(rng, QUICKSTART), (size, 20, 20), 0,
-            conditions={"two_chain": True}, parameters={},
+            tmp_path / folder,
+            lambda rng: two_chain.draw_row(rng, QUICKSTART),
+            (size, 20, 20),
+            0,
+            conditions={"two_chain": True},
+            parameters={},
         )
     for name in ("prosqa_valid.json", "prosqa_test.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

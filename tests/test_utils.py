@@ -106,7 +106,7 @@ def test_values_that_yaml_itself_cannot_read_name_the_file(tmp_path):
 
 
 def test_a_key_that_yaml_reads_as_something_else_is_refused(tmp_path):
-    assert "True: unknown key" in errors(tmp_path, yaml.safe_dump(MINIMAL) + "on: 1\n")
+    assert "words as keys (quote on, off" in errors(tmp_path, yaml.safe_dump(MINIMAL) + "on: 1\n")
 
 
 def test_yaml_cannot_run_code(tmp_path):
