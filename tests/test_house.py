@@ -1,0 +1,71 @@
+"""The habits that keep the house: imports one way, one call of the backbone, nothing unpickled, nothing tied to a machine."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = {"coconut", "dataset", "utils", "optimizers", "backbones", "reporting"}
+MAY_IMPORT = {
+    **{name: set() for name in CORE - {"backbones"}},
+    "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
+    "checkpoint": CORE,
+    "evaluate": CORE,
+    "run": CORE | {"checkpoint", "evaluate"},
+    "data": {"data"},
+    "analysis": CORE | {"checkpoint", "evaluate", "data", "analysis"},
+    "benchmarks": CORE | {"checkpoint", "evaluate", "data", "run"},
+}
+SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names & MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert imported(path) <= MAY_IMPORT[room]
+
+
+def test_the_backbone_is_called_in_one_place():
+    calls = [
+        (path.name, node.lineno)
+        for path in SOURCES
+        if path.parent.name != "benchmarks"  # which times the plain model beside ours
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] in ("base_model", "base_causallm", "base")
+    ]
+    assert [name for name, _ in calls] == ["coconut.py"], calls
+
+
+def test_nothing_is_unpickled_and_yaml_is_safe():
+    for path in SOURCES:
+        text = path.read_text()
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, (path, call)
+        assert not re.search(r"\b(import pickle|pickle\.load|yaml\.unsafe_load|yaml\.full_load)\b", text), path
+
+
+def test_no_path_of_a_machine():
+    pattern = re.compile(r"(?<![\w.])/(work|root|home|tmp|mnt|Users)/\w")
+    texts = [
+        *SOURCES,
+        *ROOT.glob("args/*.yaml"),
+        *ROOT.glob("scripts/*.sh"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("benchmarks/*"),
+    ]
+    for path in texts:
+        if path.is_file():
+            assert not pattern.search(path.read_text()), path
