@@ -106,12 +106,8 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / name
     folder = path if path.is_dir() else path.parent
     held = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-    shown = (
-        f"{folder} holds {', '.join(held[:20]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist either"
-    )
-    raise ValueError(
-        f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)"
-    )
+    shown = f"{folder} holds {', '.join(held[:20]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist either"
+    raise ValueError(f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)")
 
 
 def numbered_checkpoints(folder: Path) -> list[int]:
@@ -263,9 +259,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"another process is training in {self.path}; stop it or give this run another name"
-            ) from None
+            raise ValueError(f"another process is training in {self.path}; stop it or give this run another name") from None
         for leftover in self.path.glob(".tmp-*"):
             leftover.unlink()
         if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
@@ -298,14 +292,9 @@ class RunFolder:
         identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
         fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
         if fatal:
-            raise ValueError(
-                f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path"
-            )
+            raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
         if differing:
-            print(
-                "Warning: resuming with other settings: "
-                + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing)
-            )
+            print("Warning: resuming with other settings: " + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing))
 
     def save_checkpoint(self, model: Coconut, position: Position, **facts) -> Path:
         """Write state_N, then checkpoint_N, for N = position.epoch epochs done; earlier mid-epoch snapshots are obsolete."""

@@ -33,25 +33,36 @@ MAX_N_LATENT = 8  # importable for older scripts; there is no limit here
 # ---------------------------------------------------------------- what fills a thought
 
 
-class Continuous(nn.Module):
-    """The last hidden state of the column before the slot; gradients flow through all passes (Coconut)."""
+class Thought(nn.Module):
+    """What fills slot k: `forward(k, h)` -> [D] or [B, D], or None to keep the token's own embedding.
 
-    mode_id, reads_hidden = None, True
+    `reads_hidden` says whether it needs h, the state before the slot ([B, D], after the final norm); `mode_id` is its
+    number in checkpoint files. A mode never sees cache, mask, columns or labels.
+    """
+
+    mode_id: int | None = None
+    reads_hidden = False
 
     def __init__(self, pause_D: Tensor):
         super().__init__()
+
+
+class Continuous(Thought):
+    """The last hidden state of the column before the slot; gradients flow through all passes (Coconut)."""
+
+    reads_hidden = True
 
     def forward(self, k: int, h_BD: Tensor) -> Tensor:
         return h_BD
 
 
-class Frozen(nn.Module):
+class Frozen(Thought):
     """One constant vector for every slot; it never moves."""
 
-    mode_id, reads_hidden = 1, False
+    mode_id = 1
 
     def __init__(self, pause_D: Tensor):
-        super().__init__()
+        super().__init__(pause_D)
         self.register_buffer("feedback_mode_id", torch.tensor(self.mode_id))
         self.register_buffer("pause_embedding", pause_D.clone())
 
@@ -59,33 +70,25 @@ class Frozen(nn.Module):
         return self.pause_embedding
 
 
-class LearnedShared(nn.Module):
+class LearnedShared(Frozen):
     """One learned vector for all slots and rows."""
 
-    mode_id, reads_hidden = 2, False
+    mode_id = 2
 
     def __init__(self, pause_D: Tensor):
-        super().__init__()
-        self.register_buffer("feedback_mode_id", torch.tensor(self.mode_id))
+        super().__init__(pause_D)
+        del self.pause_embedding
         self.pause_embedding = nn.Parameter(pause_D.clone())
-
-    def forward(self, k: int, h_BD: Tensor | None) -> Tensor:
-        return self.pause_embedding
 
 
 class PauseCurriculum(LearnedShared):
-    """The same function as `LearnedShared` under its own name; with a causal mask the number of passes is no part of it."""
+    """The same function under its own name: with a causal mask, how many passes one runs is no part of it."""
 
     mode_id = 3
 
 
-class OwnToken(nn.Module):
-    """Slots keep the embedding of their own token: a plain language model, with or without latent tokens in its text."""
-
-    mode_id, reads_hidden = None, False
-
-    def __init__(self, pause_D: Tensor):
-        super().__init__()
+class OwnToken(Thought):
+    """A plain language model: latent tokens, if its text has any, are ordinary ones."""
 
     def forward(self, k: int, h_BD: Tensor | None) -> None:
         return None
@@ -218,9 +221,7 @@ class Coconut(nn.Module):
 
     # ------------------------------------------------------------ the one loop
 
-    def rollout(
-        self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None
-    ) -> Rollout:
+    def rollout(self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None) -> Rollout:
         """Run the passes over a batch of tokens (int64 [B, T]) and fill every thought slot on the way.
 
         `attention_mask` ([B, T], 0 at padding; default all ones) and `position_ids` ([B, T]; default counts real columns)
@@ -276,9 +277,7 @@ class Coconut(nn.Module):
         base = self.base_causallm
         self.gen_forward_cnt += 1
         if cache is not None and self.training and base.is_activation_checkpointing:
-            raise ValueError(
-                "gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it"
-            )
+            raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
         with ExitStack() as hooks:
             if edit is not None:
                 x_BCD = _edited(edit, 0, pass_, x_BCD)
@@ -356,8 +355,8 @@ class Coconut(nn.Module):
 
         A row ends at its first EOS (also as first new token), or where the model has no more positions. Returns
         [B, T + new] ids: the prompt, the new tokens without EOS, and EOS as filler up to the longest row; with
-        `output_embedding` also their embeddings as fed, [B, T + new, D]. `gen_forward_cnt` counts the backbone calls. `synced_gpus` is accepted and has no effect: nothing
-        here needs ranks in step.
+        `output_embedding` also their embeddings as fed, [B, T + new, D]. `gen_forward_cnt` counts the backbone calls.
+        `synced_gpus` is accepted and has no effect: nothing here needs ranks in step.
         """
         B, T = input_ids.shape
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -368,9 +367,7 @@ class Coconut(nn.Module):
         row_ids = tuple(range(B) if row_ids is None else row_ids)
         cache = DynamicCache(config=self.base_causallm.config)
         self.gen_forward_cnt = 0
-        hidden_BTD, embeds_BTD, _ = self.rollout(
-            input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids
-        )
+        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids)
         last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
         h_BD = hidden_BTD[torch.arange(B, device=last_B.device), last_B]
         padded = not bool(mask_BT.all())

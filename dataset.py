@@ -298,9 +298,7 @@ def epoch_batches(
         return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     whole = n_rows // batch_size * batch_size
     spans = [order[i : min(i + batch_size * window, whole)] for i in range(0, whole, batch_size * window)]
-    order[:whole] = np.concatenate(
-        [span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]]
-    )
+    order[:whole] = np.concatenate([span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]])
     batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     return [batches[i] for i in rng.permutation(whole // batch_size)] + batches[whole // batch_size :]
 

@@ -74,9 +74,9 @@ def generate_records(
 ) -> list[dict]:
     """One record a row, on every rank, in the order of the rows.
 
-    Fields: idx, question_hash, gold, prediction (None without `#`), correct, numerically_equal, cot_match, output (the
-    continuation), n_latents, generated_tokens (latents and new tokens, markers and EOS excluded), and with `two_choice`
-    those of `score_options`.
+    Fields: idx, question_hash, n_steps (of the gold), gold, prediction (None without `#`), correct, numerically_equal,
+    cot_match, output (the continuation), n_latents, generated_tokens (latents and new tokens, without markers and EOS),
+    and with `two_choice` those of `score_options`.
     """
     lengths = prompts.lengths()
     collate = MyCollator(tokenizer, prompts.latent_id, left=True)
@@ -92,9 +92,7 @@ def generate_records(
         made = [_record(rows[i], i, new, int(lengths.latents[i]), tokenizer) for i, new in zip(batch_rows, new_ids)]
         if two_choice:
             with precision or nullcontext():
-                scores = score_options(
-                    model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit
-                )
+                scores = score_options(model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit)
             made = [record | score for record, score in zip(made, scores)]
         records += made
         bar.set_description(f"Test accuracy: {np.mean([r['correct'] for r in records]):.2f}")
@@ -115,6 +113,7 @@ def _record(row: dict, idx: int, new_ids: list[int], n_latents: int, tokenizer) 
     return {
         "idx": idx,
         "question_hash": question_hash(row),
+        "n_steps": len(row["steps"]),
         "gold": gold,
         "prediction": prediction,
         "correct": prediction == gold,
@@ -145,9 +144,7 @@ def wants_two_choice(config, rows: list[dict]) -> bool:
     """Whether options are to be scored: as the config says, by default where every row has them."""
     possible = all(map(has_options, rows))
     if config.two_choice is True and not possible:
-        raise ValueError(
-            f"two_choice: rows of {config.val_path} name no two options (root, target, neg_target); set auto"
-        )
+        raise ValueError(f"two_choice: rows of {config.val_path} name no two options (root, target, neg_target); set auto")
     return possible and config.two_choice is not False
 
 
@@ -284,7 +281,5 @@ def _print_stock_lines(run, prompts: StageDataset, records: list[dict], summary:
     print(f"CoT match on validation set: {summary['cot_matches']} / {total} = {summary['eval/cot_em']}")
     print(f"Generated tokens per question: {summary['eval/gen_tokens']}")
     if "eval/two_choice_acc" in summary:
-        print(
-            f"Two-choice accuracy: {summary['eval/two_choice_acc']} (cross-entropy {summary['eval/two_choice_ce']:.4f})"
-        )
+        print(f"Two-choice accuracy: {summary['eval/two_choice_acc']} (cross-entropy {summary['eval/two_choice_ce']:.4f})")
     sys.stdout.flush()

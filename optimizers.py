@@ -36,6 +36,4 @@ def learning_rate(step: int, total: int, warmup: int, config) -> float:
     if not config.use_lr_scheduler:
         return config.lr
     progress = (step - warmup) / max(total - warmup, 1)
-    return config.lr * (
-        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    )
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

@@ -47,9 +47,7 @@ class Metrics:
         texts = []
         for row in rows:
             pairs = zip(row["input_ids"].tolist(), row["labels"].tolist())
-            texts.append(
-                [row["idx"], "\n".join(f"{token} {label} {tokenizer.decode([token])!r}" for token, label in pairs)]
-            )
+            texts.append([row["idx"], "\n".join(f"{token} {label} {tokenizer.decode([token])!r}" for token, label in pairs)])
         self._send({"data_table": wandb.Table(columns=["step", "text"], data=texts)})
 
     def close(self) -> None:
@@ -100,9 +98,7 @@ class Progress:
     def __init__(self, n_updates: int, start: int, epoch: int, epochs: int, n_batches: int, enabled: bool):
         self.head, self.n_batches, self.n_updates = f"Training Epoch: {epoch + 1}", n_batches, n_updates
         self.epochs, self.lines = epochs, enabled and not sys.stderr.isatty()
-        self.bar = tqdm(
-            desc=self.head, total=n_updates, initial=start, dynamic_ncols=True, disable=not enabled or self.lines
-        )
+        self.bar = tqdm(desc=self.head, total=n_updates, initial=start, dynamic_ncols=True, disable=not enabled or self.lines)
 
     def update(self, step: int, batch: int, loss: float) -> None:
         text = f"{self.head}/{self.epochs}, batch {batch}/{self.n_batches} completed (loss: {loss:.4f}"
@@ -135,17 +131,13 @@ class Meter:
         """The closing lines: accuracy, time, rates, peak memory. `accuracies`: {epoch index: accuracy}."""
         if accuracies:
             last, best = max(accuracies), max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))
-            print(
-                f"Final accuracy {accuracies[last]:.4f} (epoch {last + 1}), best {accuracies[best]:.4f} (epoch {best + 1})"
-            )
+            print(f"Final accuracy {accuracies[last]:.4f} (epoch {last + 1}), best {accuracies[best]:.4f} (epoch {best + 1})")
         if self.seconds:
             print(
                 f"Trained {self.samples:.0f} samples, {self.tokens:.0f} tokens in {self.seconds:.1f} s: "
                 f"{self.samples / self.seconds:.1f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
             )
-        print(
-            f"Peak memory {peak_memory(device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True
-        )
+        print(f"Peak memory {peak_memory(device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -80,9 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys and defaults:\n"
-        + "\n".join(
-            f"  {name:28}{'required' if f.is_required() else f.default}" for name, f in Config.model_fields.items()
-        ),
+        + "\n".join(f"  {name:28}{'required' if f.is_required() else f.default}" for name, f in Config.model_fields.items()),
     )
     parser.add_argument("config", help="YAML file, one complete experiment (see args/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
@@ -105,15 +103,15 @@ def execute(config: Config, world: World) -> None:
     set_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
+    for path in [config.val_path] if config.only_eval else [config.train_path, config.val_path]:
+        load_rows(path)  # what is wrong with the data is said before a model is loaded or a folder made
     folder = RunFolder(config)
     if world.is_main:
         folder.open(exclusive=not config.only_eval and not config.debug)
     world.barrier()
     resumed, position, source, optimizer_state = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
-        raise ValueError(
-            f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained"
-        )
+        raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)
@@ -145,9 +143,7 @@ def find_start(config: Config, world: World, folder: RunFolder):
         found = world.from_main(folder.find_resume() if world.is_main else None)
     if found is not None:
         path, position = found
-        world.print(
-            "Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!"
-        )
+        world.print("Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!")
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
         if path.name == "last_state":
             weights, optimizer_state = read_last_state(path)
@@ -160,9 +156,7 @@ def find_start(config: Config, world: World, folder: RunFolder):
         path = Path(world.from_main(str(find_checkpoint(config.load_model_path)) if world.is_main else None))
     if config.resume:
         if path is None:
-            print(
-                f"Warning: you want to skip the first {config.resume} but you are not loading any existing checkpoint!"
-            )
+            print(f"Warning: you want to skip the first {config.resume} but you are not loading any existing checkpoint!")
         print(f"Loading from {path} and skip the first {config.resume} epochs", flush=True)
     return False, Position(epoch=config.resume), (path, None), None
 
@@ -262,9 +256,7 @@ def accumulation_steps(config: Config, world: World) -> int:
                 f"effective_batch_size: {config.effective_batch_size} is no multiple of batch_size_training x processes "
                 f"({config.batch_size_training} x {world.size})"
             )
-    world.print(
-        f"Effective batch size: {micro * accumulation} = {config.batch_size_training} x {accumulation} x {world.size}"
-    )
+    world.print(f"Effective batch size: {micro * accumulation} = {config.batch_size_training} x {accumulation} x {world.size}")
     if micro * accumulation != 128 and not config.from_scratch:
         world.print("Warning: the published recipes use an effective batch size of 128 (set effective_batch_size: 128)")
     return accumulation
@@ -281,9 +273,7 @@ def train_epoch(run: Run, trained, optimizer, position: Position, accumulation: 
     per_update = accumulation * world.size
     n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
     warmup = round(config.warmup_epochs * n_updates)
-    world.print(
-        f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates"
-    )
+    world.print(f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates")
     run.metrics.log_batch([rows[i] for i in batches[0][:4]], run.tokenizer)
     bar = Progress(n_updates, position.step, epoch, config.num_epochs, len(batches), enabled=world.is_main)
     started, first_step = time.time(), position.step
@@ -396,9 +386,7 @@ def stopped_early(run: Run, epoch: int) -> bool:
         return False
     stop = max(accuracies[-patience:]) <= max(accuracies[:-patience]) + run.config.min_delta
     if stop:
-        run.world.print(
-            f"Early stop after epoch {epoch}: no gain above {run.config.min_delta} in {patience} evaluations"
-        )
+        run.world.print(f"Early stop after epoch {epoch}: no gain above {run.config.min_delta} in {patience} evaluations")
     return stop
 
 

@@ -29,9 +29,7 @@ PLACEHOLDER = re.compile(r"^YOUR_PATH")
 class Config(BaseModel):
     """One run. The stock keys first, then the added ones; every key is a YAML key of the same name."""
 
-    model_config = ConfigDict(
-        extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=())
 
     # stock keys
     project: str = "coconut"
@@ -306,9 +304,7 @@ def process_group(device: str = "auto"):
     """Yield this process's `World`: nccl on CUDA, gloo elsewhere, nothing without torchrun."""
     size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)

@@ -31,9 +31,7 @@ from analysis.runs import LOG_STEMS, MODELS, Run, find_folder, folder_key, load_
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="gates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="gates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gate", required=True, choices=[*GATES, "all", "post", "flags"], help="which rule to apply")
     parser.add_argument("--log", action="append", type=Path, default=[], help="log of one run; repeat for a second")
     parser.add_argument("--run", type=Path, help="run folder of that run (default: as its log or name says)")

@@ -18,18 +18,7 @@ from scipy.stats import binomtest  # noqa: E402
 from analysis.figures import training_curves  # noqa: E402
 from utils import read_jsonl, whole_file, write_json  # noqa: E402
 
-COLUMNS = (
-    "model",
-    "feedback",
-    "stage",
-    "latents",
-    "set",
-    "exact match",
-    "95 % interval",
-    "two-choice",
-    "tokens/question",
-    "train s",
-)
+COLUMNS = ("model", "feedback", "latents", "set", "exact match", "95 % interval", "by steps", "tokens/question", "train s")
 
 
 def level(correct: int, n: int) -> dict:
@@ -47,45 +36,47 @@ def read_run(folder: Path, test_records: str) -> dict:
     seconds = {r["epoch"]: r["seconds"] for r in read_jsonl(folder / "metrics.jsonl") if r["event"] == "train_epoch"}
     test = read_jsonl(folder / test_records)
     levels = {"validation": level(last["correct"], last["total"])}
+    by_steps = {}
     if test:
         levels["test"] = level(sum(r["correct"] for r in test), len(test))
-        if "two_choice_correct" in test[0]:
-            levels["test two-choice"] = level(sum(r["two_choice_correct"] for r in test), len(test))
+        scored = [r for r in test if r.get("margin") is not None]
+        if scored:
+            levels["test two-choice"] = level(sum(r["two_choice_correct"] for r in scored), len(scored))
+        for steps in sorted({r["n_steps"] for r in test}):
+            rows = [r["correct"] for r in test if r["n_steps"] == steps]
+            by_steps[steps] = level(sum(rows), len(rows))
     return {
         "label": folder.name,
         "model_key": about["model_key"],
-        "feedback_mode": "none"
-        if about["model_key"] in ("m0", "m1", "m2", "custom")
-        else about["config"]["feedback_mode"],
+        "feedback_mode": "none" if about["model_key"] in ("m0", "m1", "m2", "custom") else about["config"]["feedback_mode"],
         "stage": last["stage"],
         "n_latents": last["n_latents"],
         "generated_tokens": sum(r["generated_tokens"] for r in test) / len(test) if test else last["eval/gen_tokens"],
         "train_seconds": sum(seconds.values()),
         "levels": levels,
-        "evaluations": [
-            {k: evaluations[e][k] for k in ("epoch", "stage", "correct", "total")} for e in sorted(evaluations)
-        ],
+        "test_by_steps": by_steps,
+        "evaluations": [{k: evaluations[e][k] for k in ("epoch", "stage", "correct", "total")} for e in sorted(evaluations)],
         "versions": about["versions"],
     }
 
 
 def table(runs: list[dict]) -> list[tuple[str, ...]]:
-    """Rows of text under `COLUMNS`; the test set where it was evaluated, else validation."""
+    """Rows of text under `COLUMNS`: the test set where it was evaluated, else validation; by gold steps with n in brackets."""
     rows = []
     for run in runs:
         name = "test" if "test" in run["levels"] else "validation"
-        exact, two = run["levels"][name], run["levels"].get("test two-choice")
+        exact = run["levels"][name]
         low, high = (f"{100 * bound:.1f}" for bound in exact["ci95"])
+        steps = (f"{k}: {100 * x['accuracy']:.0f} ({x['n']})" for k, x in run["test_by_steps"].items())
         rows.append(
             (
                 run["label"],
                 run["feedback_mode"],
-                str(run["stage"]),
                 str(run["n_latents"]),
                 f"{name}, n = {exact['n']}",
                 f"{100 * exact['accuracy']:.1f} %",
                 f"{low} .. {high}",
-                f"{100 * two['accuracy']:.1f} %" if two else "",
+                "  ".join(steps),
                 f"{run['generated_tokens']:.1f}",
                 f"{run['train_seconds']:.0f}",
             )
@@ -98,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder of run folders")
     parser.add_argument("--out", type=Path, required=True, help="where summary.json, summary.md and accuracy.png go")
     parser.add_argument("--models", nargs="+", help="run folders to show, in this order (default: all, by name)")
-    parser.add_argument(
-        "--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records"
-    )
+    parser.add_argument("--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records")
     args = parser.parse_args(argv)
     try:
         names = args.models or sorted(p.parent.name for p in args.runs.glob("*/metrics.jsonl"))

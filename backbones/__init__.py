@@ -80,9 +80,7 @@ def grow_vocabulary(model, tokenizer, ids: ThoughtIds) -> None:
         weight_VD[list(ids)] = anchor_row(weight_VD, tokenizer)
     pieces = anchor_ids(tokenizer)
     if len(pieces) != 1:
-        print(
-            f"`<<` is {len(pieces)} tokens here: new rows start as the mean row of {'these' if pieces else 'the vocabulary'}"
-        )
+        print(f"`<<` is {len(pieces)} tokens here: new rows start as the mean row of {'these' if pieces else 'the vocabulary'}")
 
 
 def resize_vocabulary(model, size: int) -> None:

@@ -81,6 +81,6 @@ if __name__ == "__main__":
         "n_head": 4,
         "n_positions": 256,
         "initializer_range": 0.05,
-        "activation_function": "relu",
+        "activation_function": "gelu_pytorch_tanh",
     }
     write(HERE / "prosqa_tiny", word_tokenizer(function_words=False), **tiny)

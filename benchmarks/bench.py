@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,9 +57,7 @@ class Bench:
     def __init__(self, name: str, data: Path, gpt2_tokenizer: Path, batch_size: int, device: torch.device):
         layers, width, heads, vocabulary, kind = SHAPES[name]
         self.device = device
-        self.tokenizer = backbones.load_tokenizer(
-            str(gpt2_tokenizer if kind == "gpt2" else ROOT / "backbones/prosqa_words")
-        )
+        self.tokenizer = backbones.load_tokenizer(str(gpt2_tokenizer if kind == "gpt2" else ROOT / "backbones/prosqa_words"))
         ids = backbones.add_thought_tokens(self.tokenizer)
         size = vocabulary or len(self.tokenizer)
         self.fold = size if size < len(self.tokenizer) else None  # a smaller vocabulary keeps the lengths of the rows
@@ -111,7 +110,7 @@ def compare(first, second, rounds: int, device: torch.device) -> dict:
     ratios = []
     for i in range(1, rounds + 1):
         order = (first, second) if i % 2 else (second, first)
-        times = {work: seconds(lambda work=work: work(i), device) for work in order}
+        times = {work: seconds(partial(work, i), device) for work in order}
         ratios.append(times[first] / times[second])
     return {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": rounds}
 
@@ -154,9 +153,7 @@ def measure_shape(name: str, bench: Bench, rounds: int, generated: int, oracle_r
     plain = lambda i: step(bench.base(**batch(i), use_cache=False).loss, bench.base)  # noqa: E731
     runs = {
         "P1": compare(lambda i: step(m3(**batch(i)).loss, m3), plain, rounds, device),
-        "P2": compare(
-            lambda i: step(m5(**batch(i)).loss, m5), lambda i: step(cot(**batch(i)).loss, cot), 2 * rounds, device
-        ),
+        "P2": compare(lambda i: step(m5(**batch(i)).loss, m5), lambda i: step(cot(**batch(i)).loss, cot), 2 * rounds, device),
         "ref": compare(lambda i: slow_oracle_step(bench, batch(i)), plain, oracle_rounds, device),
     }
     m3.eval()
@@ -262,12 +259,8 @@ def as_table(results: list[dict]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON and the table")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared/data/prosqa_valid.json", help="official rows"
-    )
-    parser.add_argument(
-        "--gpt2-tokenizer", type=Path, default=ROOT.parent / "shared/data/gpt2_tokenizer", help="folder or id"
-    )
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/prosqa_valid.json", help="official rows")
+    parser.add_argument("--gpt2-tokenizer", type=Path, default=ROOT.parent / "shared/data/gpt2_tokenizer", help="folder or id")
     parser.add_argument("--quick", action="store_true", help="few rounds, tiny shapes only: does it run")
     parser.add_argument("--skip-start", action="store_true", help="leave P7 out")
     args = parser.parse_args(argv)
@@ -289,9 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "command": "bash scripts/bench.sh " + " ".join(argv if argv is not None else sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

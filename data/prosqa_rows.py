@@ -67,9 +67,7 @@ def check_row(row: Row, *, counts: bool = False, hops: tuple[int, int] | None = 
         if target in other:
             raise ValueError(f"the correct option {symbols[target]} is reachable from the root not asked")
         if other.get(wrong) != own[target]:
-            raise ValueError(
-                f"options at distances {own[target]} and {other.get(wrong)} from their roots; must be equal"
-            )
+            raise ValueError(f"options at distances {own[target]} and {other.get(wrong)} from their roots; must be equal")
 
 
 def check_rows(rows: Sequence[Row], where: str, **conditions) -> None:
@@ -149,9 +147,7 @@ def statistics(rows: Iterable[Row]) -> dict[str, float]:
         note("persons", len(graph.persons))
         note("in-degree of species", *(len(parents) for parents in graph.parents if parents))
         for v in range(graph.n):
-            note(
-                "nodes under", ("neither", "root 0 only", "root 1 only", "both")[(v in below[0]) + 2 * (v in below[1])]
-            )
+            note("nodes under", ("neither", "root 0 only", "root 1 only", "both")[(v in below[0]) + 2 * (v in below[1])])
         note("asked root is node 1", root == 1)
         note("out-degree of the asked root", len(graph.children[root]))
         note("out-degree of the other root", len(graph.children[other]))
@@ -244,9 +240,7 @@ def draw_rows(
                 rows.append(row)
                 break
         else:
-            raise ValueError(
-                f"{split} row {i}: no new row in {MAX_DRAWS} draws; loosen the conditions or ask for fewer"
-            )
+            raise ValueError(f"{split} row {i}: no new row in {MAX_DRAWS} draws; loosen the conditions or ask for fewer")
     return rows, draws
 
 
@@ -261,7 +255,7 @@ def make_splits(
     force: bool = False,
     official: tuple[dict, dict] = ({}, {}),
 ) -> None:
-    """Draw, check (`conditions`: see check_row) and write prosqa_{train,valid,test}.json with their sidecars; print their statistics and baselines.
+    """Draw, check (`conditions`: see check_row) and write prosqa_{train,valid,test}.json and sidecars; print what is in them.
 
     Test and validation rows are drawn first, so that they stay the same whatever the size of the training split.
     ValueError when a size is not positive, or a file exists and `force` is off.

@@ -44,9 +44,7 @@ class TwoChain:
         if not 1 <= h_low <= h_high:
             raise ValueError(f"hops: {h_low} {h_high} is no range; give LOW HIGH with 1 <= LOW <= HIGH")
         if not n_low <= n_high or n_high < 2 * h_high + 2:
-            raise ValueError(
-                f"nodes: {n_low} {n_high}; two chains of {h_high} hops need at least {2 * h_high + 2} nodes"
-            )
+            raise ValueError(f"nodes: {n_low} {n_high}; two chains of {h_high} hops need at least {2 * h_high + 2} nodes")
         if not self.lam > 0:
             raise ValueError(f"lambda: {self.lam}; the mean number of parents must be positive")
         if not n_high - 2 <= self.species <= len(pg.SPECIES):

@@ -9,6 +9,7 @@ case "${1:-}" in
     --all) models=(m1_cot m2_nocot m3_coconut m4_frozen m4b_shared m5_pause m0_nothought) ;;
     *) sed -n '2,4s/^# \{0,1\}//p' "$0"; [[ $1 == --help || $1 == -h ]] && exit 0 || exit 2 ;;
 esac
+# shellcheck source=scripts/setup.sh
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS=1
 logs=results/quickstart/logs
@@ -16,7 +17,7 @@ started=$SECONDS
 mkdir -p "$logs"
 
 if [ ! -f data/quickstart/prosqa_test.json ]; then
-    "$PYTHON" data/two_chain.py --out data/quickstart --force --sizes 40000 300 1000 --hops 2 3 --nodes 6 8 --species 12
+    "$PYTHON" data/two_chain.py --out data/quickstart --force --sizes 30000 300 1000 --hops 1 3 --nodes 4 8 --species 12
 fi
 
 train() { # one run, in the background; its log is appended, so that a restart keeps it
@@ -24,13 +25,17 @@ train() { # one run, in the background; its log is appended, so that a restart k
     pids[$!]=$1
 }
 
+last() { # the last line of a log that starts with a pattern, nothing where there is none yet
+    { grep -a "^$2" "$logs/$1.log" || true; } | tail -n 1
+}
+
 progress() {
     local name line=""
     for name in "${pids[@]}"; do
-        line+="  $name $(grep -a '^Epoch ' "$logs/$name.log" | tail -n 1 | cut -d: -f1 | tr '[:upper:]' '[:lower:]'),"
-        line+=" accuracy $(grep -a '^Accuracy on validation' "$logs/$name.log" | tail -n 1 | cut -d= -f2 | cut -c2-6)"
+        line+="  $name: $(last "$name" 'Epoch ' | cut -d: -f1 | cut -c7-)"
+        line+=", accuracy $(last "$name" 'Accuracy on validation' | cut -d= -f2 | cut -c2-6)"
     done
-    printf '%5ds%s\n' $((SECONDS - started)) "$line"
+    printf '%5d s%s\n' $((SECONDS - started)) "$line"
 }
 
 finish() { # wait for the runs in the background; a failed one ends the script with its last lines

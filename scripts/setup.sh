@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: go to the repository's root and leave the interpreter in $PYTHON, installing .venv if needed.
 # PYTHON=/path/to/python skips the installation and uses that interpreter as it is.
 
@@ -12,8 +13,11 @@ install_environment() {
     wanted=$(cat requirements.txt)
     if [ ! -x .venv/bin/python ] || [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         echo "Installing requirements.txt into .venv (once)"
-        "$base" -m venv .venv && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
-            { echo "error: the installation failed; see the lines above and start again" >&2; return 1; }
+        if ! "$base" -m venv .venv ||
+            ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; then
+            echo "error: the installation failed; see the lines above and start again" >&2
+            return 1
+        fi
         printf '%s\n' "$wanted" >.venv/installed
     fi
     PYTHON=.venv/bin/python

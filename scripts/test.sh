@@ -2,6 +2,7 @@
 # Every test, offline, on the CPU; installs the environment if needed.
 #   bash scripts/test.sh [pytest arguments, e.g. -k resume]
 set -euo pipefail
+# shellcheck source=scripts/setup.sh
 . "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=disabled CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest -q "$@"

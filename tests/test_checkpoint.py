@@ -97,9 +97,7 @@ def test_state_file_says_what_the_checkpoint_is(config_for):
     assert state["tensor_bytes"] == sum({t.data_ptr(): t.nbytes for t in stored.values()}.values())
 
 
-@pytest.mark.parametrize(
-    "method, loadable", [("coconut", True), ("cot", True), ("frozen", False), ("learned_shared", False)]
-)
+@pytest.mark.parametrize("method, loadable", [("coconut", True), ("cot", True), ("frozen", False), ("learned_shared", False)])
 def test_whether_the_stock_code_could_run_it(config_for, method, loadable):
     folder = RunFolder(config_for(method))
     folder.open(exclusive=True)

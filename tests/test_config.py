@@ -156,10 +156,7 @@ def test_spellings_of_no_checkpoint(tmp_path, spelling):
 
 
 def test_a_checkpoint_path_stays(tmp_path):
-    assert (
-        config_of(tmp_path, MINIMAL | {"load_model_path": "runs/a/checkpoint_3"}).load_model_path
-        == "runs/a/checkpoint_3"
-    )
+    assert config_of(tmp_path, MINIMAL | {"load_model_path": "runs/a/checkpoint_3"}).load_model_path == "runs/a/checkpoint_3"
 
 
 def test_overrides_are_yaml_values(tmp_path):
@@ -181,9 +178,7 @@ def test_overrides_are_yaml_values(tmp_path):
         None,
     )
     assert (config.bf16, config.reset_optimizer) == ("pure", "stage")
-    assert config_of(tmp_path, MINIMAL, "val_path=a=b.json").val_path == "a=b.json", (
-        "only the first = parts key and value"
-    )
+    assert config_of(tmp_path, MINIMAL, "val_path=a=b.json").val_path == "a=b.json", "only the first = parts key and value"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +255,5 @@ def test_every_config_of_the_repository_loads(path, tmp_path):
 
 
 def test_a_resolved_config_loads_again(tmp_path):
-    config = config_of(
-        tmp_path, MINIMAL | {"feedback_mode": "pause_multipass", "load_model_path": "None", "bf16": "pure"}
-    )
+    config = config_of(tmp_path, MINIMAL | {"feedback_mode": "pause_multipass", "load_model_path": "None", "bf16": "pure"})
     assert check_config(config.model_dump(), "again") == config

@@ -68,9 +68,7 @@ def test_every_row_once_whatever_the_world(n, size, batch):
     assert sorted(i for share in shares for rows in share for i in rows) == list(range(n))
     assert all(1 <= len(rows) <= batch for share in shares for rows in share)
     whole = shard_batches(sizes, batch, ALONE)
-    assert [share[k] for k in range(len(shares[0])) for share in shares if k < len(share)] == whole, (
-        "same batches, dealt out"
-    )
+    assert [share[k] for k in range(len(shares[0])) for share in shares if k < len(share)] == whole, "same batches, dealt out"
     assert [sizes[i] for rows in whole for i in rows] == sorted(sizes), "rows of a batch are of like size"
 
 

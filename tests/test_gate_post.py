@@ -61,9 +61,7 @@ def test_flags_from_logs(tmp_path, capsys):
         (tmp_path / "gates.json").unlink(missing_ok=True)
         path = tmp_path / "m3_coconut.log"
         path.write_text("".join(fragment(e, c, loss=last.get(e, 0.2)) for e, c in enumerate(corrects)))
-        return next(
-            (c["ok"] for c in results(capsys, tmp_path, "flags")[f"flag {name}"]["checks"] if "m3" in c["name"]), None
-        )
+        return next((c["ok"] for c in results(capsys, tmp_path, "flags")[f"flag {name}"]["checks"] if "m3" in c["name"]), None)
 
     assert flag("collapse", [100] * 20 + [166] * 5) is True
     assert flag("collapse", [200] * 24 + [165]) is False
@@ -79,9 +77,7 @@ def test_flag_spike_at_a_stage_change(tmp_path, capsys, jump, ok):
     assert next(c["ok"] for c in checks if c["name"].startswith("m3")) is ok
 
 
-@pytest.mark.parametrize(
-    ("m5", "above", "equal"), [(208, "CLEAR", True), (209, "RAISED", False), (191, "CLEAR", False)]
-)
+@pytest.mark.parametrize(("m5", "above", "equal"), [(208, "CLEAR", True), (209, "RAISED", False), (191, "CLEAR", False)])
 def test_flags_between_models(tmp_path, capsys, m5, above, equal):
     write_log(tmp_path, "m3", ending(200))
     write_log(tmp_path, "m5", ending(m5))

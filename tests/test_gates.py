@@ -135,9 +135,7 @@ def test_gate_3_reads_losses_from_metrics(tmp_path, capsys):
     assert code == 1 and "diverging" in out
 
 
-@pytest.mark.parametrize(
-    ("correct", "shift", "code"), [(136, 0.011, 0), (135, 0.011, 1), (136, 0.009, 1), (136, None, 2)]
-)
+@pytest.mark.parametrize(("correct", "shift", "code"), [(136, 0.011, 0), (135, 0.011, 1), (136, 0.009, 1), (136, None, 2)])
 def test_gate_3b(tmp_path, capsys, correct, shift, code):
     path = write_log(tmp_path, "m5", [1] * 14 + [correct])
     if shift is not None:

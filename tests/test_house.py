@@ -43,8 +43,7 @@ def test_the_backbone_is_called_in_one_place():
         for path in SOURCES
         if path.parent.name != "benchmarks"  # which times the plain model beside ours
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).split(".")[-1] in ("base_model", "base_causallm", "base")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("base_model", "base_causallm", "base")
     ]
     assert [name for name, _ in calls] == ["coconut.py"], calls
 

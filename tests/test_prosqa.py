@@ -291,9 +291,7 @@ def test_existing_files_are_kept_unless_forced(tmp_path):
     sizes = ("--sizes", "2", "2", "2")
     refused = run("--out", str(tmp_path), *sizes)
     assert refused.returncode == 2 and refused.stdout == ""
-    assert (
-        refused.stderr == f"error: {theirs} exists and may be the official file; choose another --out or add --force\n"
-    )
+    assert refused.stderr == f"error: {theirs} exists and may be the official file; choose another --out or add --force\n"
     assert [path.name for path in tmp_path.iterdir()] == ["prosqa_valid.json"] and theirs.read_text() == "official"
     assert run("--out", str(tmp_path), *sizes, "--force").returncode == 0
     assert len(json.loads(theirs.read_text())) == 2

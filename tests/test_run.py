@@ -285,9 +285,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does(make, tmp_path, chan
     assert final[0] == final[1] and len(final[0]) == 3
     assert not list((tmp_path / "runs/killed").glob(".tmp-*"))
     best = [tmp_path / "runs" / n / "best.json" for n in ("whole", "killed")]
-    assert best[0].is_file() == best[1].is_file() and (
-        not best[0].is_file() or best[0].read_text() == best[1].read_text()
-    )
+    assert best[0].is_file() == best[1].is_file() and (not best[0].is_file() or best[0].read_text() == best[1].read_text())
 
 
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(make, tmp_path, capsys):
@@ -323,9 +321,7 @@ def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypa
     error = capsys.readouterr().err
     assert "is not finite at epoch 0, update 3; no step was taken" in error
     saved = torch.load(tmp_path / "runs/nan/nonfinite_batch_rank0", weights_only=True)
-    assert (
-        saved["step"] == 3 and saved["batches"][0]["input_ids"].shape[0] == 8 and len(saved["batches"][0]["idx"]) == 8
-    )
+    assert saved["step"] == 3 and saved["batches"][0]["input_ids"].shape[0] == 8 and len(saved["batches"][0]["idx"]) == 8
 
 
 # ---------------------------------------------------------------- bad input

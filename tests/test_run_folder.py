@@ -75,9 +75,7 @@ def test_leftovers_go_and_a_torn_line_is_repaired(config_for):
     torn = '{"event": "step", "epoch": 0}\n{"event": "eval", "epoch": 0, "eval/acc": 0.5}\n{"event": "st'
     metrics.write_text(torn)
     RunFolder(config).open(exclusive=False)
-    assert metrics.read_text() == torn and (config.run_dir / ".tmp-checkpoint_3-77").exists(), (
-        "a reader changes nothing"
-    )
+    assert metrics.read_text() == torn and (config.run_dir / ".tmp-checkpoint_3-77").exists(), "a reader changes nothing"
     folder = RunFolder(config)
     folder.open(exclusive=True)
     assert sorted(p.name for p in config.run_dir.iterdir()) == [".lock", "checkpoint_3", "metrics.jsonl", "notes.tmp"]
@@ -88,9 +86,7 @@ def test_leftovers_go_and_a_torn_line_is_repaired(config_for):
 def test_evaluations_of_a_repeated_epoch_count_once(config_for):
     folder = RunFolder(config_for())
     folder.open(exclusive=True)
-    records = [
-        {"event": "eval", "epoch": epoch, "eval/acc": acc} for epoch, acc in [(0, 0.1), (1, 0.2), (1, 0.3), (2, 0.9)]
-    ]
+    records = [{"event": "eval", "epoch": epoch, "eval/acc": acc} for epoch, acc in [(0, 0.1), (1, 0.2), (1, 0.3), (2, 0.9)]]
     folder.metrics.write_text("".join(json.dumps(r) + "\n" for r in [*records, {"event": "step", "epoch": 1}]))
     assert folder.evaluations(2) == {0: 0.1, 1: 0.3}
 
@@ -147,9 +143,7 @@ def test_other_differences_only_warn(config_for, capsys):
     other.open(exclusive=True)
     other.begin(model)
     out = capsys.readouterr().out
-    assert (
-        "Warning: resuming with other settings" in out and "num_epochs: 25 -> 99" in out and "lr: 0.0001 -> 0.5" in out
-    )
+    assert "Warning: resuming with other settings" in out and "num_epochs: 25 -> 99" in out and "lr: 0.0001 -> 0.5" in out
     assert json.loads((folder.path / "run.json").read_text())["config"]["num_epochs"] == 99
 
 
@@ -231,9 +225,7 @@ def test_truncated_files_are_passed_over_with_a_message(config_for, capsys):
 def test_last_state_gives_everything_back(config_for):
     folder, model = started(config_for("pause_curriculum"))
     optimizer = build_optimizer(model, folder.config)
-    model(
-        torch.tensor([[5, 6, model.latent_token_id, 7]]), labels=torch.tensor([[-100, -100, -100, 7]])
-    ).loss.backward()
+    model(torch.tensor([[5, 6, model.latent_token_id, 7]]), labels=torch.tensor([[-100, -100, -100, 7]])).loss.backward()
     optimizer.step()
     folder.save_last_state(model, optimizer, Position(2, 1, 21))
     weights, state = read_last_state(folder.path / "last_state")
@@ -244,9 +236,7 @@ def test_last_state_gives_everything_back(config_for):
     restored.load_state_dict(state)
     moments = [[v for v in s.values()] for s in optimizer.state.values()]
     assert moments and all(
-        torch.equal(a, b)
-        for mine, theirs in zip(moments, restored.state.values())
-        for a, b in zip(mine, theirs.values())
+        torch.equal(a, b) for mine, theirs in zip(moments, restored.state.values()) for a, b in zip(mine, theirs.values())
     )
 
 

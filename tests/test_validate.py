@@ -148,9 +148,7 @@ def test_two_choice_at_the_end_of_the_positions(rows, tmp_path):
     config = SimpleNamespace(c_thought=1, max_latent_stage=3, pad_latent_to_max=True, no_cot=False)
     prompts = get_question_latent_dataset(3, table, config, ids.start, ids.latent, ids.end)
     model = toy(tokenizer, n_positions=int(prompts.lengths().total.max()) + 4)
-    never = torch.zeros(len(tokenizer), dtype=torch.float64).index_fill_(
-        0, torch.tensor([tokenizer.eos_token_id]), -1e9
-    )
+    never = torch.zeros(len(tokenizer), dtype=torch.float64).index_fill_(0, torch.tensor([tokenizer.eos_token_id]), -1e9)
     head = model.head
     model.head = lambda hidden: head(hidden) + never
     records = generate_records(model, prompts, rows, tokenizer, 4, 64, ALONE, two_choice=True)

@@ -27,9 +27,7 @@ if __name__ == "__main__":
         sizes = ["--sizes", "44", "11", "2", "--hops", "2", "3", "--nodes", "6", "8", "--species", "12"]
         subprocess.run([sys.executable, "data/two_chain.py", "--out", folder, *sizes], cwd=ROOT, check=True)
         values = BASE | {"num_epochs": 4, "save_path": folder, "name": "golden"}
-        values |= {
-            f"{key}_path": f"{folder}/prosqa_{split}.json" for key, split in (("train", "train"), ("val", "valid"))
-        }
+        values |= {f"{key}_path": f"{folder}/prosqa_{split}.json" for key, split in (("train", "train"), ("val", "valid"))}
         (Path(folder) / "golden.yaml").write_text(json.dumps(values))
         assert run.main([f"{folder}/golden.yaml"]) == 0
         lines = (Path(folder) / "golden/metrics.jsonl").read_text().splitlines()
