@@ -103,8 +103,6 @@ def execute(config: Config, world: World) -> None:
     set_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
-    for path in [config.val_path] if config.only_eval else [config.train_path, config.val_path]:
-        load_rows(path)  # what is wrong with the data is said before a model is loaded or a folder made
     folder = RunFolder(config)
     if world.is_main:
         folder.open(exclusive=not config.only_eval and not config.debug)
@@ -112,6 +110,8 @@ def execute(config: Config, world: World) -> None:
     resumed, position, source, optimizer_state = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
         raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
+    for path in [config.val_path] if config.only_eval else [config.train_path, config.val_path]:
+        load_rows(path)  # what is wrong with the data is said before a model is loaded
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)

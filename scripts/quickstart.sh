@@ -82,5 +82,5 @@ trap - EXIT
 gates=0
 bash scripts/check_gates.sh "$logs" --runs runs/quickstart --out results/quickstart/gates.json || gates=$?
 [ "$gates" -le 2 ] || exit "$gates"
-"$PYTHON" -m analysis.summary runs/quickstart --out results/quickstart --models "${models[@]}"
+"$PYTHON" -m analysis.summary runs/quickstart --out results/quickstart --models m1_cot stage0 "${models[@]:1}"
 echo "Done in $((SECONDS - started)) s; everything is in results/quickstart (a second call resumes, or finds all done)"
