@@ -276,7 +276,7 @@ class Coconut(nn.Module):
         """
         base = self.base_causallm
         self.gen_forward_cnt += 1
-        if cache is not None and self.training and base.is_activation_checkpointing:
+        if cache is not None and self.training and _checkpoints_activations(base):
             raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
         with ExitStack() as hooks:
             if edit is not None:
@@ -411,6 +411,11 @@ def decoder_blocks(base_causallm) -> nn.ModuleList:
     if len(lists) != 1:
         raise ValueError(f"cannot tell the {n_layers} decoder blocks of {type(base_causallm).__name__}")
     return lists[0]
+
+
+def _checkpoints_activations(model) -> bool:
+    new_name = "is_activation_checkpointing"  # since transformers 5.2x, where the old name warns
+    return getattr(model, new_name if hasattr(model, new_name) else "is_gradient_checkpointing")
 
 
 def _edited(edit: Edit, layer: int, pass_: Pass, x: Tensor) -> Tensor:

@@ -29,16 +29,22 @@ HOW_TO_MAKE = {
 # ---------------------------------------------------------------- rows
 
 
+def existing(path: str | Path) -> Path:
+    """The path of a data file that is there. ValueError with the command that makes it where it is not."""
+    path = Path(path)
+    if not path.is_file():
+        hints = [how.format(folder=path.parent) for word, how in HOW_TO_MAKE.items() if word in str(path)]
+        raise ValueError(f"data file {path} does not exist" + (f"; make it with: {hints[-1]}" if hints else ""))
+    return path
+
+
 def load_rows(path: str | Path, max_rows: int | None = None) -> list[dict]:
     """The rows of a data file, a JSON list of {"question": str, "answer": str, "steps": [str], ...}.
 
     Raises ValueError naming file, row and key: file missing (with the command that makes it), not JSON, empty, or a row
     with a missing key or a wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        hints = [how.format(folder=path.parent) for word, how in HOW_TO_MAKE.items() if word in str(path)]
-        raise ValueError(f"data file {path} does not exist" + (f"; make it with: {hints[-1]}" if hints else ""))
+    path = existing(path)
     try:
         rows = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -72,15 +78,10 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
     Returns a `datasets.Dataset` with `question_tokenized` (with the tokenizer's own special tokens), `steps_tokenized`,
     `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces) and `idx`.
     """
-    from datasets import (
-        Dataset,
-        Features,
-        List,
-        Value,
-    )  # imports pandas and pyarrow: a second that --help and errors need not wait for
+    from datasets import Dataset, Features, List, Value  # pandas and pyarrow: --help and errors need not wait for them
+    from datasets.exceptions import DatasetGenerationError
 
-    path = Path(path)
-    load_rows(path, 0)
+    path = existing(path)
     identity = {
         "path": str(path),
         "content": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -89,21 +90,18 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
     }
     identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     tokens = List(Value("int64"))
-    return Dataset.from_generator(
-        _tokenized_rows,
-        # Said, not guessed: the first rows of a file may have no steps.
-        features=Features(
-            {
-                "question_tokenized": tokens,
-                "steps_tokenized": List(tokens),
-                "answer_tokenized": tokens,
-                "merges": Value("bool"),
-                "idx": Value("int64"),
-            }
-        ),
-        gen_kwargs={"path": str(path), "max_size": max_size, "tokenizer": tokenizer},
-        fingerprint=identity,
-    )
+    # Said, not guessed: the first rows of a file may have no steps.
+    features = {name: tokens for name in ("question_tokenized", "answer_tokenized")}
+    features |= {"steps_tokenized": List(tokens), "merges": Value("bool"), "idx": Value("int64")}
+    try:
+        return Dataset.from_generator(
+            _tokenized_rows,
+            features=Features(features),
+            gen_kwargs={"path": str(path), "max_size": max_size, "tokenizer": tokenizer},
+            fingerprint=identity,
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None  # what `load_rows` found wrong
 
 
 def _tokenizer_text(tokenizer) -> str:
@@ -135,7 +133,11 @@ def _tokenized_rows(path: str, max_size: int | None, tokenizer) -> Iterator[dict
 
 
 def _encode(tokenizer, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    # The library's own batch call without offsets and masks: a third of the time to the first step.
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
 class TokenTable:

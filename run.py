@@ -110,15 +110,15 @@ def execute(config: Config, world: World) -> None:
     resumed, position, source, optimizer_state = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
         raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
-    for path in [config.val_path] if config.only_eval else [config.train_path, config.val_path]:
-        load_rows(path)  # what is wrong with the data is said before a model is loaded
+    val_rows, tables = load_data(config, world)  # what is wrong with the data is said before a model is loaded
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)
     print(f"Running FSDP on rank = {world.rank}, world size = {world.size}", flush=True)
     world.print(model)
     model.to(world.device, torch.bfloat16 if config.bf16 == "pure" else None)
-    run = load_data(config, world, folder, model, tokenizer, ids)
+    run = Run(config, world, folder, model, tokenizer, ids, val_rows, tables["val_path"], tables.get("train_path"))
+    check_lengths(run)
 
     if config.only_eval:
         validate(run, config.resume, f"eval_{Path(config.val_path).stem}.jsonl")
@@ -161,16 +161,20 @@ def find_start(config: Config, world: World, folder: RunFolder):
     return False, Position(epoch=config.resume), (path, None), None
 
 
-def load_data(config: Config, world: World, folder: RunFolder, model, tokenizer, ids) -> Run:
-    """Tokenised data (rank 0 first, the others from its cache) and the checks that only lengths can answer."""
+def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, TokenTable]]:
+    """The validation rows, and the tokens of each data file by its key (rank 0 first, the others from its cache)."""
     limits = {"val_path": config.max_val_samples, "train_path": config.max_train_samples}
     if config.debug:
         limits = {"val_path": 32, "train_path": 5000}
-    keys = ["val_path"] if config.only_eval else ["val_path", "train_path"]
+    val_rows = load_rows(config.val_path, limits["val_path"])
+    wants_two_choice(config, val_rows)  # raises where it can't be done
+    tokenizer = backbones.load_tokenizer(config.model_id)
+    if config.markers:
+        backbones.add_thought_tokens(tokenizer)
     tables = {}
     for turn in (True, False):
         if world.is_main == turn:
-            for key in keys:
+            for key in ["val_path"] if config.only_eval else ["val_path", "train_path"]:
                 tables[key] = TokenTable(get_dataset(getattr(config, key), tokenizer, limits[key]))
         world.barrier()
     for key, table in tables.items():
@@ -178,24 +182,24 @@ def load_data(config: Config, world: World, folder: RunFolder, model, tokenizer,
             world.print(
                 f"Note: in {table.merges} of {len(table)} rows of {key} tokens would merge across pieces; pieces are used"
             )
-    val_rows = load_rows(config.val_path, limits["val_path"])
-    wants_two_choice(config, val_rows)  # raises before compute is touched
-    run = Run(config, world, folder, model, tokenizer, ids, val_rows, tables["val_path"], tables.get("train_path"))
-    check_lengths(run)
-    return run
+    return val_rows, tables
 
 
 def check_lengths(run: Run) -> None:
-    """Refuse, before any compute, a row that would not fit the model's positions at the first or the last stage."""
+    """Refuse, before any compute, a row that would not fit the model's positions at some stage."""
     config, limit = run.config, backbones.max_positions(run.model.base_causallm)
-    last = config.stage(config.num_epochs - 1)
     for key, table in {"val_path": run.val, "train_path": run.train}.items():
-        for stage in {0, last} if table is not None and limit else ():
-            lengths = run.rows(get_cot_latent_dataset, stage, table).lengths()
-            worst = int(lengths.total.argmax())
-            if lengths.total[worst] > limit:
+        if table is None or limit is None:
+            continue
+        most_latents = config.max_latent_stage * config.c_thought
+        longest = run.rows(get_cot_latent_dataset, 0, table).lengths().total.max() + most_latents
+        # Dropped steps make room for latents; only where even this bound is too long are the stages looked at one by one.
+        for stage in range(config.max_latent_stage + 2) if longest > limit else ():
+            total = run.rows(get_cot_latent_dataset, stage, table).lengths().total
+            worst = int(total.argmax())
+            if total[worst] > limit:
                 raise ValueError(
-                    f"{key}: {getattr(config, key)}, row {worst} has {lengths.total[worst]} tokens at stage {stage}; "
+                    f"{key}: {getattr(config, key)}, row {worst} has {total[worst]} tokens at stage {stage}; "
                     f"{config.model_id} has {limit} positions: leave the row out or use a longer model"
                 )
 

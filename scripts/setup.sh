@@ -26,4 +26,3 @@ install_environment() {
 if [ -z "${PYTHON:-}" ]; then
     install_environment || exit 1
 fi
-export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
