@@ -28,10 +28,11 @@ train() { # one run, in the background; its log is appended, so that a restart k
     running="$running $!:$1"
 }
 
-train_next() {
-    [ -n "$waiting" ] || return 0
-    train "${waiting%% *}"
-    case "$waiting" in *" "*) waiting=${waiting#* } ;; *) waiting="" ;; esac
+train_waiting() { # two at a time
+    while [ -n "$waiting" ] && [ "$(wc -w <<<"$running")" -lt 2 ]; do
+        train "${waiting%% *}"
+        case "$waiting" in *" "*) waiting=${waiting#* } ;; *) waiting="" ;; esac
+    done
 }
 
 last() { # the last line of a log that starts with a pattern, nothing where there is none yet
@@ -60,24 +61,21 @@ finish() { # wait for all runs; a failed one ends the script with its last lines
             if kill -0 "${job%%:*}" 2>/dev/null; then
                 running="$running $job"
             elif wait "${job%%:*}"; then
-                train_next
+                if [ "${job#*:}" = stage0 ]; then waiting=${models#m1_cot }; fi
             else
                 echo "error: ${job#*:} failed; the end of $logs/${job#*:}.log:" >&2
                 tail -n 15 "$logs/${job#*:}.log" >&2
                 exit 1
             fi
         done
+        train_waiting
     done
 }
 
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 echo "Training $models (logs in $logs; each goes on where it stopped)"
 train m1_cot
-train stage0 # the curriculum before its first thought, which the thinking models share
-finish
-waiting=${models#m1_cot }
-train_next
-train_next
+train stage0 # the curriculum before its first thought, which the thinking models share: they start when it is done
 finish
 
 echo "Evaluating on 1,000 held-out problems"

