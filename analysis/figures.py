@@ -32,7 +32,9 @@ def training_curves(runs: list[dict], path: Path, chance: float | None = None) -
         points = run["evaluations"]
         percent = [100 * p["correct"] / p["total"] for p in points]
         label = f"{run['label']} (n = {points[0]['total']})"
-        axes.plot([p["epoch"] + 1 for p in points], percent, "o-", ms=3, color=COLOURS.get(run["model_key"], "#333333"), label=label)
+        axes.plot(
+            [p["epoch"] + 1 for p in points], percent, "o-", ms=3, color=COLOURS.get(run["model_key"], "#333333"), label=label
+        )
         for p in points:
             stages[p["stage"]] = min(stages.get(p["stage"], p["epoch"]), p["epoch"])
     for stage, epoch in sorted(stages.items()):
