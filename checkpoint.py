@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import subprocess
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,10 @@ IGNORED_KEY = re.compile(r"(^|\.)attn\.(masked_)?bias$")  # causal-mask buffers 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """A flat state dict from a checkpoint file, on the CPU, without wrapper prefixes. ValueError if it is not one."""
     path = Path(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not a readable checkpoint (torch.save of a flat state dict): cut short, or another kind of file"
+        )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises anything from EOFError to RuntimeError on damaged files

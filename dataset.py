@@ -32,6 +32,8 @@ HOW_TO_MAKE = {
 def existing(path: str | Path) -> Path:
     """The path of a data file that is there. ValueError with the command that makes it where it is not."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"data file {path} is a folder; name a JSON file in it")
     if not path.is_file():
         hints = [how.format(folder=path.parent) for word, how in HOW_TO_MAKE.items() if word in str(path)]
         raise ValueError(f"data file {path} does not exist" + (f"; make it with: {hints[-1]}" if hints else ""))

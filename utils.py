@@ -145,6 +145,8 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple = ()) -> C
         ValueError: one message with every problem: the key, its value, what is allowed, and the nearest known key.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"config {path} is a folder; name one of the YAML files in it")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         raise ValueError(f"config {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else ""))

@@ -339,6 +339,8 @@ def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypa
         ({"load_model_path": "nowhere/checkpoint_1"}, ["load_model_path", "nowhere"]),
         ({"model_id": "no/such-folder-here"}, ["model_id", "no/such-folder-here"]),
         ({"train_path": "data/nothing/prosqa_train.json"}, ["data/nothing/prosqa_train.json", "python data/prosqa.py"]),
+        ({"val_path": "data"}, ["data file data is a folder"]),
+        ({"load_model_path": "README.md"}, ["README.md is not a readable checkpoint", "another kind of file"]),
         ({"resume": 3}, ["resume", "num_epochs"]),
         ({"effective_batch_size": 12}, ["effective_batch_size", "12"]),
         ({"optimizer": "adam"}, ["optimizer", "adamw"]),
@@ -346,7 +348,8 @@ def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypa
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_input_gives_one_line_and_leaves_nothing(make, tmp_path, capsys, changes, words):
+def test_bad_input_gives_one_line_and_leaves_nothing(make, tmp_path, capsys, monkeypatch, changes, words):
+    monkeypatch.chdir(ROOT)
     assert run.main([make("bad", **changes)]) == 2
     error = capsys.readouterr().err
     errors = [line for line in error.split("\n") if line.startswith("error: ")]
