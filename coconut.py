@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from attention import append_cache, attention_bias, compute_dtype, no_cache, takes_bias
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
 Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache"])
@@ -126,22 +127,37 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the backbone: columns start..stop-1, the thought slots among them, and the callers' row ids."""
+    """One call of the backbone: columns start..stop-1, the thought slots among them, and the callers' row ids.
+
+    `again`: a later pass computes these columns once more (parallel thoughts); their keys and values are dropped.
+    """
 
     index: int
     start: int
     stop: int
     slots: tuple[Slot, ...]
     row_ids: tuple[int, ...]
+    again: bool = False
 
 
-def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...]) -> list[Pass]:
+@dataclass(frozen=True)
+class Plan:
+    """What a batch asks of the rollout, read off its tokens on the CPU so that no pass waits for the device."""
+
+    passes: tuple[Pass, ...]
+    left_padded: bool  # some column before a real one is padding; right padding alone needs no mask under causal attention
+    usual_positions: bool  # positions count the real columns
+    labelled: tuple[Tensor, Tensor] | None = None  # rows [N] and columns [N] whose next token is labelled
+
+
+def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iterations: int | None = None) -> tuple[Pass, ...]:
     """Cut the columns into passes.
 
     Args:
         latent_BT: bool, true at thought slots, on the CPU. Rows may have different numbers of slots, or none.
         cut: whether the feedback reads a hidden state, so that each slot starts a pass.
         row_ids: one id a row, handed on to edits.
+        iterations: with `cut`, refine all slots in parallel this many times instead of one after the other.
 
     Raises:
         ValueError: slots not contiguous in a row, not starting in one common column, or a slot in column 0.
@@ -149,7 +165,7 @@ def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...]) -> list[
     n_B = latent_BT.sum(1)
     n, n_columns = int(n_B.max()), latent_BT.shape[1]
     if n == 0:
-        return [Pass(0, 0, n_columns, (), row_ids)]
+        return (Pass(0, 0, n_columns, (), row_ids),)
     first = int(latent_BT.any(0).int().argmax())
     aligned_BT = (torch.arange(n_columns) >= first) & (torch.arange(n_columns) < first + n_B[:, None])
     wrong = (latent_BT != aligned_BT).any(1).nonzero().flatten().tolist()
@@ -161,11 +177,18 @@ def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...]) -> list[
     if first == 0:
         raise ValueError("a latent token stands in column 0; a thought needs a column before it")
     slots = [Slot(k, first + k, n_B > k) for k in range(n)]
-    starts = [0, *(slot.column for slot in slots)] if cut else [0]
-    return [
-        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids)
-        for i, (start, stop) in enumerate(zip(starts, [*starts[1:], n_columns]))
-    ]
+    if not cut:
+        spans = [(0, n_columns)]
+    elif iterations is None or iterations >= n:  # n iterations are the exact result, which the loop has for less
+        starts = [0, *(slot.column for slot in slots)]
+        spans = list(zip(starts, [*starts[1:], n_columns]))
+    else:
+        spans = [(0, first), *[(first, first + n)] * (iterations - 1), (first, n_columns)]
+    later = [start for start, _ in spans[1:]] + [n_columns]
+    return tuple(
+        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids, again=later[i] < stop)
+        for i, (start, stop) in enumerate(spans)
+    )
 
 
 # ---------------------------------------------------------------- the wrapper
@@ -181,10 +204,14 @@ class Coconut(nn.Module):
         eos_token_id: ends a generated row.
         feedback_mode: a key of `FEEDBACK_MODES` or a synonym.
         force_multipass: run a pause mode as a loop over the slots; same values, for timing studies.
+        latent_iterations: refine all thoughts in parallel this many times (Jacobi iteration, PCCoT arXiv 2506.18582) instead
+            of one after the other. Exact from the number of thoughts on, approximate below it. Only where thoughts
+            read hidden states.
 
     Every method takes `edit(layer, pass_, x)`: layer 0 is the embeddings a pass is given, after feedback; layer i the
     output of block i, before any final norm; return a replacement of `x` ([B, C, D]) or None to keep it. `edit.layers`,
-    an iterable of layers, says which ones it wants to see (default: only 0).
+    an iterable of layers, says which ones it wants to see (default: only 0). `after_pass(pass_, is_last)`, where one is
+    set, is called when a pass is done (for timing).
     """
 
     def __init__(
@@ -196,6 +223,7 @@ class Coconut(nn.Module):
         eos_token_id: int,
         feedback_mode: str = "continuous",
         force_multipass: bool = False,
+        latent_iterations: int | None = None,
     ):
         super().__init__()
         self.base_causallm = base_causallm
@@ -207,7 +235,10 @@ class Coconut(nn.Module):
             raise ValueError(f"feedback_mode {feedback_mode!r} needs a latent_token_id")
         pause_D = self.embedding.weight[latent_token_id or 0].detach()
         self.feedback = FEEDBACK_MODES[self.feedback_mode](pause_D)
-        self.force_multipass = force_multipass
+        if latent_iterations is not None and (latent_iterations < 1 or not self.feedback.reads_hidden):
+            raise ValueError("latent_iterations must be at least 1, and needs feedback_mode continuous")
+        self.force_multipass, self.latent_iterations = force_multipass, latent_iterations
+        self.after_pass: Callable[[Pass, bool], None] | None = None
         self.gen_forward_cnt = 0
         _refuse_scaled_logits(base_causallm.config)
         # Files hold `pause_embedding` and `feedback_mode_id` at the top level, not under the submodule's name.
@@ -221,56 +252,91 @@ class Coconut(nn.Module):
 
     # ------------------------------------------------------------ the one loop
 
-    def rollout(self, input_ids, attention_mask=None, position_ids=None, *, cache=None, edit=None, row_ids=None) -> Rollout:
+    def plan(self, input_ids, attention_mask=None, position_ids=None, labels=None, row_ids=None) -> Plan:
+        """What a batch ([B, T] tensors, best on the CPU: elsewhere this waits for the device) asks of the rollout."""
+        ids_BT, mask_BT, positions_BT, labels_BT = (
+            None if x is None else x.cpu() for x in (input_ids, attention_mask, position_ids, labels)
+        )
+        row_ids = tuple(range(len(ids_BT)) if row_ids is None else row_ids)
+        latent_BT = ids_BT == (-1 if self.latent_token_id is None else self.latent_token_id)
+        cut = self.feedback.reads_hidden or self.force_multipass
+        passes = plan_passes(latent_BT, cut, row_ids, self.latent_iterations)
+        if mask_BT is None:
+            mask_BT = torch.ones_like(ids_BT)
+        left_padded = bool((mask_BT[:, :-1] < mask_BT[:, 1:]).any())
+        usual_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        usual = positions_BT is None or bool(((positions_BT == usual_BT) | (mask_BT == 0)).all())
+        labelled = None if labels_BT is None else (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
+        return Plan(passes, left_padded, usual, labelled)
+
+    def rollout(
+        self, input_ids, attention_mask=None, position_ids=None, *, plan=None, cache=None, edit=None, row_ids=None
+    ) -> Rollout:
         """Run the passes over a batch of tokens (int64 [B, T]) and fill every thought slot on the way.
 
         `attention_mask` ([B, T], 0 at padding; default all ones) and `position_ids` ([B, T]; default counts real columns)
-        may pad on both sides. `cache` is an empty cache to keep; without one it is dropped. Returns the hidden states after
-        the final norm, the embeddings that were fed, and the cache.
+        may pad on both sides. `plan` is what `self.plan` made of the same batch on the CPU (default: made here). `cache` is
+        an empty cache to keep; without one it is dropped. Returns the hidden states after the final norm, the embeddings
+        that were fed, and the cache. At right padding, states are arbitrary.
         """
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if position_ids is None:
-            position_ids = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        row_ids = tuple(range(len(input_ids)) if row_ids is None else row_ids)
-        latent_BT = (input_ids == (-1 if self.latent_token_id is None else self.latent_token_id)).cpu()
-        passes = plan_passes(latent_BT, self.feedback.reads_hidden or self.force_multipass, row_ids)
-        if len(passes) > 1 and cache is None:
-            cache = DynamicCache(config=self.base_causallm.config)
-        if bool(mask_BT.all()):
-            mask_BT = None  # lets attention take its mask-free kernel
+        plan = plan or self.plan(input_ids, attention_mask, position_ids, row_ids=row_ids)
+        n_columns = input_ids.shape[1]
+        if len(plan.passes) > 1 and cache is None:
+            cache = append_cache(self.base_causallm.config, n_columns)
+        positions_BT = position_ids
+        if plan.usual_positions:
+            count = torch.arange(n_columns, device=input_ids.device)[None]
+            positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0) if plan.left_padded else count
+        mask_BT, bias = attention_mask if plan.left_padded else None, None
+        if mask_BT is not None and takes_bias(self.base_causallm):
+            bias = attention_bias(mask_BT, 0, compute_dtype(self.embedding.weight))
 
-        embeds_BTD = self.embedding(input_ids)
-        fed, states, h_BD = [], [], None
-        for pass_ in passes:
-            x_BCD = self._fill(embeds_BTD[:, pass_.start : pass_.stop], pass_, h_BD)
-            seen_BT = None if mask_BT is None else mask_BT[:, : pass_.stop]
-            positions_BC = position_ids[:, pass_.start : pass_.stop]
-            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, seen_BT, positions_BC, cache, edit)
-            h_BD = h_BCD[:, -1]
-            fed.append(x_BCD)
-            states.append(h_BCD)
+        cuts = sorted({edge for pass_ in plan.passes for edge in (pass_.start, pass_.stop)})
+        pieces = dict(zip(cuts, self.embedding(input_ids).split([b - a for a, b in zip(cuts, cuts[1:])], 1)))
+        read = {slot.column - 1 for pass_ in plan.passes for slot in pass_.slots}
+        fed, states, state_of, end = [], [], {}, 0
+        for pass_ in plan.passes:
+            if pass_.start < end:
+                cache.crop(pass_.start - end)
+            x_BCD = _join([piece for start, piece in pieces.items() if pass_.start <= start < pass_.stop])
+            x_BCD = self._fill(x_BCD, pass_, state_of)
+            seen = mask_BT if bias is None else bias[:, :, pass_.start : pass_.stop]
+            seen = None if seen is None else seen[..., : pass_.stop]
+            positions_BC = positions_BT[:, pass_.start : pass_.stop]
+            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, seen, positions_BC, cache, edit)
+            state_of |= {column: h_BCD[:, column - pass_.start] for column in read if pass_.start <= column < pass_.stop}
+            end = pass_.stop
+            if not pass_.again:
+                fed.append(x_BCD)
+                states.append(h_BCD)
+            if self.after_pass is not None:
+                self.after_pass(pass_, pass_ is plan.passes[-1])
         return Rollout(_join(states), _join(fed), cache)
 
-    def _fill(self, x_BCD: Tensor, pass_: Pass, h_BD: Tensor | None) -> Tensor:
-        """The embeddings of one pass with its slots (a run of columns) filled: one out-of-place write."""
-        thoughts = [self.feedback(slot.k, h_BD) for slot in pass_.slots]
+    def _fill(self, x_BCD: Tensor, pass_: Pass, state_of: dict[int, Tensor]) -> Tensor:
+        """The embeddings of one pass with its slots (a run of columns) filled: one out-of-place write.
+
+        `state_of`: the newest state [B, D] of the columns that slots read. A slot whose state is not there yet (parallel
+        thoughts, first iteration) keeps its token's embedding.
+        """
+        thoughts = [self.feedback(slot.k, state_of.get(slot.column - 1)) for slot in pass_.slots]
         if not thoughts:
             # A learned vector stays in the graph of slot-less batches, so that all ranks and stages update it alike.
             pause_D = self.pause_embedding
             in_graph = self.training and pause_D is not None and pause_D.requires_grad
             return x_BCD + 0.0 * pause_D if in_graph else x_BCD
-        if thoughts[0] is None:
-            return x_BCD
-        lo, hi = (pass_.slots[i].column - pass_.start for i in (0, -1))
-        own_BSD = x_BCD[:, lo : hi + 1]
-        thought_BSD = torch.stack([t.expand_as(own_BSD[:, 0]) for t in thoughts], 1).to(own_BSD.dtype)
+        lo, n_slots = pass_.slots[0].column - pass_.start, len(thoughts)
+        before, own_BSD, after = x_BCD.split([lo, n_slots, x_BCD.shape[1] - lo - n_slots], 1)
+        thoughts = [own_BSD[:, i] if t is None else t.expand_as(own_BSD[:, i]) for i, t in enumerate(thoughts)]
+        thought_BSD = torch.stack(thoughts, 1).to(own_BSD.dtype)
         has_BS = torch.stack([slot.rows for slot in pass_.slots], 1)
         if not has_BS.all():
-            thought_BSD = torch.where(has_BS.to(x_BCD.device)[..., None], thought_BSD, own_BSD)
-        return _join([part for part in (x_BCD[:, :lo], thought_BSD, x_BCD[:, hi + 1 :]) if part.shape[1]])
+            thought_BSD = torch.where(has_BS.to(x_BCD.device, non_blocking=True)[..., None], thought_BSD, own_BSD)
+        return _join([part for part in (before, thought_BSD, after) if part.shape[1]])
 
-    def _backbone_pass(self, x_BCD, pass_: Pass, seen_BT, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
-        """The one call of the backbone; `seen_BT` masks past and present columns (None: all real).
+    def _backbone_pass(self, x_BCD, pass_: Pass, seen, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
+        """The one call of the backbone; `seen` is a mask over past and present columns ([B, P + C], or an additive one
+        [B, 1, C, P + C]; None: all real).
 
         Returns what the pass was given (after the edit) and its states after the final norm.
         """
@@ -286,9 +352,9 @@ class Coconut(nn.Module):
                         hooks.enter_context(_tapped(decoder_blocks(base)[layer - 1], edit, layer, pass_))
             out = base.base_model(
                 inputs_embeds=x_BCD,
-                attention_mask=seen_BT,
+                attention_mask=seen,
                 position_ids=positions_BC,
-                past_key_values=cache,
+                past_key_values=no_cache(base.config) if cache is None and seen is None else cache,
                 use_cache=cache is not None,
             )
         return x_BCD, out.last_hidden_state
@@ -300,9 +366,12 @@ class Coconut(nn.Module):
         lm_head = self.base_causallm.get_output_embeddings()
         return F.linear(hidden, self.embedding.weight) if lm_head is None else lm_head(hidden)
 
-    def label_losses(self, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (float32 or wider, [N]) at the N labelled positions and the row of each; only they meet the head."""
-        rows_N, columns_N = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
+    def label_losses(self, hidden_BTD: Tensor, labels_BT: Tensor, labelled=None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (float32 or wider, [N]) at the N labelled positions and the row of each; only they meet the head.
+
+        `labelled`: their rows and columns where a plan knows them (finding them waits for the device).
+        """
+        rows_N, columns_N = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True) if labelled is None else labelled
         logits_NV = self.head(hidden_BTD[rows_N, columns_N])
         logits_NV = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
         return F.cross_entropy(logits_NV, labels_BT[rows_N, columns_N + 1], reduction="none"), rows_N
@@ -314,6 +383,7 @@ class Coconut(nn.Module):
         labels=None,
         position_ids=None,
         *,
+        plan=None,
         full_logits=None,
         edit=None,
         row_ids=None,
@@ -322,15 +392,18 @@ class Coconut(nn.Module):
 
         Args:
             input_ids, attention_mask, labels, position_ids: [B, T]; labels are -100 where nothing is asked, and are shifted here.
+            plan: what `self.plan` made of the same batch on the CPU; with it nothing here waits for the device.
             full_logits: return logits of all positions ([B, T, V]). Default: not while training with labels.
 
         Returns:
             Outputs(loss: mean cross-entropy over labelled positions or None, inputs_embeds [B, T, D] as fed, logits or None).
         """
-        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, attention_mask, position_ids, edit=edit, row_ids=row_ids)
+        plan = plan or self.plan(input_ids, attention_mask, position_ids, labels, row_ids)
+        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, attention_mask, position_ids, plan=plan, edit=edit)
         loss = logits = None
         if labels is not None:
-            loss_N, _ = self.label_losses(hidden_BTD, labels)
+            labelled = tuple(index.to(hidden_BTD.device, non_blocking=True) for index in plan.labelled)
+            loss_N, _ = self.label_losses(hidden_BTD, labels, labelled)
             loss = loss_N.sum() / max(len(loss_N), 1)
         if full_logits or (full_logits is None and not (self.training and labels is not None)):
             logits = self.head(hidden_BTD)
@@ -365,7 +438,7 @@ class Coconut(nn.Module):
         if int(length_B.max()) > limit:
             raise ValueError(f"a prompt of {int(length_B.max())} tokens exceeds the model's {limit} positions")
         row_ids = tuple(range(B) if row_ids is None else row_ids)
-        cache = DynamicCache(config=self.base_causallm.config)
+        cache = append_cache(self.base_causallm.config, T + max_new_tokens)
         self.gen_forward_cnt = 0
         hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids)
         last_B = T - 1 - mask_BT.flip(1).long().argmax(1)

@@ -1,0 +1,208 @@
+"""What the passes over one batch share: keys and values that are appended to in place, and the mask of the padding.
+
+    cache = append_cache(model.config, capacity=T)      # hand it to any causal LM as past_key_values; autograd accepts it
+
+The library's `DynamicCache` concatenates: every pass copies all earlier columns, in every layer, and training keeps every
+copy for the backward pass. Here a layer's keys are one buffer [B, H, capacity, d]; a pass writes its columns behind the
+others and reads a view of what is there so far. Columns, once written, never change, so the views that earlier passes
+saved for their backward stay right. Gradients of the views are added up in one buffer, too.
+
+Shape letters: B rows, H key/value heads, C columns of one pass, P columns before it, d width of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def append_cache(config, capacity: int) -> DynamicCache:
+    """An empty cache for a causal LM's config. `capacity` columns fit without moving anything; more are allowed.
+
+    Layers that the library keeps in another form (sliding windows, recurrent states) stay what they are there.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [AppendLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def no_cache(config) -> DynamicCache:
+    """A cache that keeps nothing, for a single pass.
+
+    Without any cache the library looks for packed sequences in the positions, which waits for the device.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [_KeepNothing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _KeepNothing(DynamicLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def appends_only(cache: DynamicCache) -> bool:
+    """Whether all layers are of the kind made here, so that rows can be picked, joined and padded."""
+    return all(isinstance(layer, AppendLayer) for layer in cache.layers)
+
+
+class _Buffer:
+    """Storage of one layer's keys or values, and in the backward pass the sum of the gradients of its views."""
+
+    def __init__(self, like_BHCd: Tensor, capacity: int):
+        B, H, _, d = like_BHCd.shape
+        # Columns before heads in memory, as the projections of most models deliver them.
+        self.storage_BHTd = like_BHCd.new_empty(B, capacity, H, d).transpose(1, 2)
+        self.written = 0
+        self.gradient_BHTd: Tensor | None = None
+        self.task: int | None = None
+
+    def write(self, new_BHCd: Tensor, start: int) -> Tensor:
+        """Write columns from `start` on; returns the view of all columns up to their end."""
+        self.written = start + new_BHCd.shape[2]
+        # `.data`: an alias without a version counter, since what earlier views saved for backward does not change.
+        self.storage_BHTd.data[:, :, start : self.written] = new_BHCd
+        return self.storage_BHTd.data[:, :, : self.written]
+
+
+class _Append(torch.autograd.Function):
+    """new columns -> the view of all columns so far. Backward adds up the views' gradients, last pass first."""
+
+    @staticmethod
+    def forward(ctx, past_BHPd: Tensor | None, new_BHCd: Tensor, buffer: _Buffer, start: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.buffer, ctx.start, ctx.stop = buffer, start, start + new_BHCd.shape[2]
+        return buffer.write(new_BHCd, start)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_BHTd: Tensor | None):
+        # `past` is an input only so that this pass's gradient is added before the pass before it hands out its own.
+        buffer, task = ctx.buffer, torch._C._current_graph_task_id()
+        if buffer.task != task:  # the first of this backward pass: nothing is left from another one
+            buffer.task, buffer.gradient_BHTd = task, None
+        if grad_BHTd is not None:
+            if buffer.gradient_BHTd is None:
+                buffer.gradient_BHTd = grad_BHTd.clone()
+            else:
+                buffer.gradient_BHTd[:, :, : ctx.stop] += grad_BHTd
+        total = buffer.gradient_BHTd
+        if ctx.start == 0:
+            buffer.task = buffer.gradient_BHTd = None
+        return None, None if total is None else total[:, :, ctx.start : ctx.stop], None, None
+
+
+class AppendLayer(DynamicLayer):
+    """One layer of the cache: `keys` and `values` are views of the written part of a buffer each."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self._buffers: list[_Buffer] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append [B, H, C, d] states; returns all states so far (the library's interface)."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        start = self.get_seq_length() if self.keys is not None else 0
+        past, new = (self.keys, self.values), (key_states, value_states)
+        if self._buffers is None or self._buffers[0].written != start or self._room() < start + key_states.shape[2]:
+            # Nothing yet, a full buffer, or columns that someone else may still need behind ours: begin another one.
+            if start:
+                new = [torch.cat(pair, 2) for pair in zip(past, new)]
+            past, start = (None, None), 0
+            needed = new[0].shape[2]
+            capacity = self.capacity if self.capacity >= needed else needed + needed // 4
+            self._buffers = [_Buffer(states, capacity) for states in new]
+        self.keys, self.values = (_Append.apply(p, n, b, start) for p, n, b in zip(past, new, self._buffers))
+        return self.keys, self.values
+
+    def _room(self) -> int:
+        return self._buffers[0].storage_BHTd.shape[2]
+
+    # ------------------------------------------------------------ going back
+
+    def state(self) -> tuple:
+        """Where the layer stands, for `restore`."""
+        return self.is_initialized, self.keys, self.values, self._buffers
+
+    def restore(self, state: tuple) -> None:
+        """Go back to a `state`; the next update writes over what followed it (which must be the same, or unneeded)."""
+        self.is_initialized, self.keys, self.values, self._buffers = state
+        for buffer in self._buffers or ():
+            buffer.written = self.keys.shape[2]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` columns. While gradients are recorded, their storage stays untouched."""
+        super().crop(tokens_to_remove)
+        if not torch.is_grad_enabled():
+            for buffer in self._buffers or ():
+                buffer.written = self.keys.shape[2]
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = None
+
+    # ------------------------------------------------------------ rows (without gradients)
+
+    def replace(self, keys_BHPd: Tensor, values_BHPd: Tensor) -> None:
+        """Hold these states from now on."""
+        self.keys = self.values = self._buffers = None
+        self.update(keys_BHPd, values_BHPd)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.replace(self.keys[indices], self.values[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.replace(self.keys.repeat_interleave(repeats, 0), self.values.repeat_interleave(repeats, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep only these rows (indices) of a cache."""
+    cache.batch_select_indices(rows)
+
+
+def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
+    """Add the rows of `other`; the shorter one is padded with zero columns on the left, which the mask must hide."""
+    for mine, theirs in zip(cache.layers, other.layers):
+        width = max(mine.get_seq_length(), theirs.get_seq_length())
+        pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+        mine.replace(*(torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in pair]) for pair in pairs))
+
+
+# ---------------------------------------------------------------- masks
+
+
+def takes_bias(model) -> bool:
+    """Whether a causal LM takes an additive mask [B, 1, C, T] as it is: the library's own models with plain SDPA."""
+    config = model.config
+    return (
+        type(model).__module__.startswith("transformers.")
+        and config._attn_implementation == "sdpa"
+        and not getattr(config, "alibi", False)
+        and appends_only(append_cache(config, 1))
+    )
+
+
+def attention_bias(mask_BT: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask [B, 1, T - start, T] of columns `start` .. T-1: 0 where a column is real and not later, else -inf.
+
+    Every column sees itself, so that no row of padding is without any (which would be NaN).
+    """
+    n_columns = mask_BT.shape[1]
+    column_T = torch.arange(n_columns, device=mask_BT.device)
+    row_C = column_T[start:, None]
+    seen_BCT = (mask_BT.bool()[:, None] & (column_T <= row_C)) | (column_T == row_C)
+    bias = torch.zeros((), dtype=dtype, device=mask_BT.device)
+    return torch.where(seen_BCT, bias, float("-inf"))[:, None]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What attention computes in: the autocast dtype where autocast is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
