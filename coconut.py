@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generation
 from attention import append_cache, attention_bias, compute_dtype, no_cache, takes_bias
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
@@ -409,7 +410,23 @@ class Coconut(nn.Module):
             logits = self.head(hidden_BTD)
         return Outputs(loss, embeds_BTD, logits)
 
-    # ------------------------------------------------------------ generation
+    # ------------------------------------------------------------ after the thoughts
+
+    def extend(self, input_ids, cache, start: int, mask_BT=None, position_ids=None, *, edit=None, row_ids=None) -> Rollout:
+        """Run further columns of plain tokens (int64 [B, C]) behind the `start` columns that a rollout left in `cache`.
+
+        `mask_BT` ([B, start + C]; default all real) and `position_ids` ([B, C]; default counts columns). Returns the states
+        after the final norm [B, C, D], the embeddings as fed, and the cache, which holds these columns too now.
+        """
+        stop = start + input_ids.shape[1]
+        pass_ = Pass(self.gen_forward_cnt, start, stop, (), tuple(range(len(input_ids)) if row_ids is None else row_ids))
+        seen = mask_BT
+        if mask_BT is not None and takes_bias(self.base_causallm):
+            seen = attention_bias(mask_BT, start, compute_dtype(self.embedding.weight))
+        if position_ids is None:
+            position_ids = torch.arange(start, stop, device=input_ids.device)[None]
+        x_BCD, h_BCD = self._backbone_pass(self.embedding(input_ids), pass_, seen, position_ids, cache, edit)
+        return Rollout(h_BCD, x_BCD, cache)
 
     @torch.no_grad()
     def generate(
@@ -431,47 +448,9 @@ class Coconut(nn.Module):
         `output_embedding` also their embeddings as fed, [B, T + new, D]. `gen_forward_cnt` counts the backbone calls.
         `synced_gpus` is accepted and has no effect: nothing here needs ranks in step.
         """
-        B, T = input_ids.shape
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        length_B = mask_BT.sum(1)
-        limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or T + max_new_tokens
-        if int(length_B.max()) > limit:
-            raise ValueError(f"a prompt of {int(length_B.max())} tokens exceeds the model's {limit} positions")
-        row_ids = tuple(range(B) if row_ids is None else row_ids)
-        cache = append_cache(self.base_causallm.config, T + max_new_tokens)
         self.gen_forward_cnt = 0
-        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, mask_BT, position_ids, cache=cache, edit=edit, row_ids=row_ids)
-        last_B = T - 1 - mask_BT.flip(1).long().argmax(1)
-        h_BD = hidden_BTD[torch.arange(B, device=last_B.device), last_B]
-        padded = not bool(mask_BT.all())
-        done_B = torch.zeros_like(length_B, dtype=torch.bool)
-        ids, fed = [input_ids], [embeds_BTD]
-        for column in range(T, T + max_new_tokens):
-            token_B = torch.where(done_B, self.eos_token_id, self.head(h_BD).argmax(-1))
-            done_B = done_B | (token_B == self.eos_token_id)
-            if done_B.all():
-                break
-            ids.append(token_B[:, None])
-            # A new token takes position `length`, the mask grows by one real column, and the cache by what it held.
-            done_B = done_B | (length_B >= limit)
-            if column == T + max_new_tokens - 1 or done_B.all():
-                break
-            mask_BT = F.pad(mask_BT, (0, 1), value=1)
-            x_B1D, h_B1D = self._backbone_pass(
-                self.embedding(token_B)[:, None],
-                Pass(self.gen_forward_cnt, column, column + 1, (), row_ids),
-                mask_BT if padded else None,
-                length_B.clamp(max=limit - 1)[:, None],
-                cache,
-                edit,
-            )
-            h_BD, length_B = h_B1D[:, -1], length_B + 1
-            fed.append(x_B1D)
-        ids_BT = torch.cat(ids, 1)
-        if not output_embedding:
-            return ids_BT
-        embeds_BTD = torch.cat(fed, 1)  # without the last token, which was chosen and not fed
-        return ids_BT, torch.cat([embeds_BTD, self.embedding(ids_BT[:, embeds_BTD.shape[1] :])], 1)
+        ids_BT, embeds_BTD = generation.generate(self, input_ids, attention_mask, max_new_tokens, position_ids, edit, row_ids)
+        return (ids_BT, embeds_BTD) if output_embedding else ids_BT
 
 
 # ---------------------------------------------------------------- helpers

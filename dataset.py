@@ -5,13 +5,17 @@ A row of one stage (Coconut arXiv 2412.06769, section 3; labels are -100 up to a
     question \\n | <|start-latent|> latents <|end-latent|> | kept steps, each \\n | ### answer <eos>
 
 Stage s drops the first s steps and inserts s * c_thought latents. A file is tokenised once, through the `datasets` cache;
-the rows of a stage are put together from token lists when a batch asks for them.
+the batches of a stage are cut from flat token arrays when they are asked for (in which order: batches.py).
+
+    rows = get_cot_latent_dataset(stage, TokenTable(get_dataset(path, tokenizer)), config, *ids)
+    batch = rows.batch([5, 0, 7], tokenizer.pad_token_id)
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -149,52 +153,68 @@ class TokenTable:
         columns = dataset.with_format("arrow")[:]
         self.question, self.answer = (_Ragged(columns[f"{name}_tokenized"]) for name in ("question", "answer"))
         steps = columns["steps_tokenized"].combine_chunks()
-        self.step_start = steps.offsets.to_numpy()
+        self.step_start = _starts(steps)
         self.step = _Ragged(steps.flatten())
         self.merges = int(np.sum(columns["merges"].to_numpy()))
 
     def __len__(self) -> int:
         return len(self.question)
 
-    def n_steps(self, i: int) -> int:
-        return int(self.step_start[i + 1] - self.step_start[i])
+    def n_steps(self, i):
+        """How many steps row i has; of an array of row numbers an array."""
+        return self.step_start[i + 1] - self.step_start[i]
 
-    def steps(self, i: int, skip: int) -> list[np.ndarray]:
-        """The steps of row i from index `skip` on."""
-        return [self.step[j] for j in range(self.step_start[i] + skip, self.step_start[i + 1])]
+    def steps_span(self, i, skip) -> tuple:
+        """Where the steps of row i from number `skip` on begin and end in `step.values`; also of arrays."""
+        return self.step.start[self.step_start[i] + skip], self.step.start[self.step_start[i + 1]]
+
+    def steps(self, i: int, skip: int) -> np.ndarray:
+        """The tokens of row i's steps from number `skip` on, one after the other."""
+        return self.step.values[slice(*self.steps_span(i, skip))]
 
 
 class _Ragged:
+    """Lists of tokens end to end; those of list i are values[start[i] : start[i + 1]]."""
+
     def __init__(self, column):
         column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-        self.offsets = column.offsets.to_numpy()
-        self.values = column.flatten().to_numpy()
-        self.offsets = self.offsets - self.offsets[0]
+        self.start, self.values = _starts(column), column.flatten().to_numpy()
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.start) - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
+        return self.values[self.start[i] : self.start[i + 1]]
+
+    def length(self, i):
+        """How many tokens list i has; of an array of numbers an array."""
+        return self.start[i + 1] - self.start[i]
+
+
+def _starts(lists) -> np.ndarray:
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]  # a slice of a table keeps the offsets of the whole
 
 
 # ---------------------------------------------------------------- curriculum
 
 
-def training_stage(n_steps: int, stage: int, configs) -> tuple[int, int]:
-    """(steps to drop from the front, latents to insert) of a training row with `n_steps` steps at a stage."""
+def training_stage(n_steps, stage, configs) -> tuple:
+    """(steps to drop from the front, latents to insert) of a training row with `n_steps` steps at a stage; also of arrays."""
     cap = configs.max_latent_stage
     if configs.no_cot:
-        return n_steps, 0
-    if stage <= cap:
-        return min(stage, n_steps), stage * configs.c_thought
-    return n_steps, (cap if configs.pad_latent_to_max else min(n_steps, cap)) * configs.c_thought
+        return n_steps, np.zeros_like(n_steps)
+    most = cap if configs.pad_latent_to_max else np.minimum(n_steps, cap)
+    drop = np.where(stage <= cap, np.minimum(stage, n_steps), n_steps)
+    return drop, np.where(stage <= cap, stage, most) * configs.c_thought
 
 
-def evaluation_latents(n_steps: int, stage: int, configs) -> int:
-    """Latents of an evaluation prompt."""
-    cap = configs.max_latent_stage if configs.pad_latent_to_max else min(configs.max_latent_stage, n_steps)
-    return 0 if configs.no_cot else min(stage, cap) * configs.c_thought
+def evaluation_latents(n_steps, stage: int, configs):
+    """Latents of an evaluation prompt; also of an array."""
+    if configs.no_cot:
+        return np.zeros_like(n_steps)
+    cap = configs.max_latent_stage
+    return np.minimum(stage, cap if configs.pad_latent_to_max else np.minimum(n_steps, cap)) * configs.c_thought
 
 
 def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
@@ -216,6 +236,10 @@ class Lengths(NamedTuple):
     labelled: np.ndarray
     latents: np.ndarray
 
+    def of(self, rows) -> "Lengths":
+        """Those of some rows."""
+        return Lengths(*(array[rows] for array in self))
+
 
 class StageDataset(torch.utils.data.Dataset):
     """The rows of one curriculum stage, built on access: int64 arrays `input_ids`, `labels` (training only), and `idx`."""
@@ -229,34 +253,64 @@ class StageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def plan(self, i: int) -> tuple[int, int]:
-        """(steps dropped, latents) of row i."""
-        n_steps = self.table.n_steps(i)
+    @cached_property
+    def plans(self) -> np.ndarray:
+        """Steps dropped and latents of every row, int64 [2, rows]."""
+        n_steps, stage = self.table.n_steps(np.arange(len(self))), self.stage
         if not self.training:
-            return n_steps, evaluation_latents(n_steps, self.stage, self.configs)
-        return training_stage(n_steps, drawn_stage(n_steps, self.stage, self.configs, self.epoch, i), self.configs)
+            drop, latents = n_steps, evaluation_latents(n_steps, stage, self.configs)
+        else:
+            if self.configs.uniform_prob > 0:
+                draws = (drawn_stage(n, stage, self.configs, self.epoch, i) for i, n in enumerate(n_steps.tolist()))
+                stage = np.fromiter(draws, np.int64, len(self))
+            drop, latents = training_stage(n_steps, stage, self.configs)
+        return np.stack(np.broadcast_arrays(drop, latents))
+
+    def pieces(self, i: int) -> list[np.ndarray]:
+        """Row i: question, markers and latents, and in training the steps kept and the answer."""
+        (drop, n_latents), (start, end) = self.plans[:, i].tolist(), self.markers
+        prompt = [self.table.question[i], np.array([*start, *[self.latent_id] * n_latents, *end], dtype=np.int64)]
+        return [*prompt, self.table.steps(i, drop), self.table.answer[i]] if self.training else prompt
 
     def __getitem__(self, i: int) -> dict:
-        drop, n_latents = self.plan(i)
-        start, end = self.markers
-        prompt = [self.table.question[i], np.array([*start, *[self.latent_id] * n_latents, *end], dtype=np.int64)]
-        text = [*self.table.steps(i, drop), self.table.answer[i]] if self.training else []
-        row = {"input_ids": np.concatenate([*prompt, *text]).astype(np.int64), "idx": i}
+        question, middle, *text = self.pieces(i)
+        row = {"input_ids": np.concatenate([question, middle, *text]), "idx": i}
         if self.training:
             row["labels"] = row["input_ids"].copy()
-            row["labels"][: sum(map(len, prompt))] = -100
+            row["labels"][: len(question) + len(middle)] = -100
         return row
 
-    def lengths(self) -> Lengths:
-        """How long every row of the stage is, without building it."""
-        result = np.empty((4, len(self)), dtype=np.int64)
+    def lengths(self, rows: Sequence[int] | None = None) -> Lengths:
+        """How long rows (by default all) are, without building them."""
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows)
         start, end = map(len, self.markers)
-        for i in range(len(self)):
-            drop, latents = self.plan(i)
-            prefix = len(self.table.question[i]) + start
-            text = sum(map(len, self.table.steps(i, drop))) + len(self.table.answer[i]) if self.training else 0
-            result[:, i] = prefix, prefix + latents + end + text, text, latents
-        return Lengths(*result)
+        drop, latents = self.plans[:, rows]
+        prefix, text = self.table.question.length(rows) + start, np.zeros_like(rows)
+        if self.training:
+            first, last = self.table.steps_span(rows, drop)
+            text = last - first + self.table.answer.length(rows)
+        return Lengths(prefix, prefix + latents + end + text, text, latents)
+
+    def batch(
+        self, row_numbers: Sequence[int], pad_id: int, left: bool = False, prefix_multiple: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """What `MyCollator` makes of these rows, straight from the token arrays: int64 [B, T], `idx` [B].
+
+        `prefix_multiple` gives compiled code few shapes: further padding makes the column of the first latents (see
+        `padded_layout`) and the width T multiples of it.
+        """
+        rows = np.array(row_numbers, dtype=np.int64)
+        lengths = self.lengths(rows)
+        shift, width = padded_layout(lengths, left, prefix_multiple)
+        position = np.arange(width) - shift[:, None]
+        real = (position >= 0) & (position < lengths.total[:, None])
+        ids = np.full(real.shape, pad_id, dtype=np.int64)
+        ids[real] = np.concatenate([piece for i in rows.tolist() for piece in self.pieces(i)])
+        batch = {"input_ids": ids, "attention_mask": real.astype(np.int64), "position_ids": position * real}
+        if self.training:
+            labelled = real & (position >= (lengths.total - lengths.labelled)[:, None])
+            batch["labels"] = np.where(labelled, ids, -100)
+        return {key: torch.from_numpy(array) for key, array in (batch | {"idx": rows}).items()}
 
 
 def get_question_latent_dataset(
@@ -288,6 +342,25 @@ def get_cot_latent_dataset(
 # ---------------------------------------------------------------- batches
 
 
+def padded_layout(lengths: Lengths, left: bool = False, multiple: int = 1) -> tuple[np.ndarray, int]:
+    """How rows stand in one batch: the padded columns before each of them, int64 [B], and the batch's width.
+
+    Rows with latents end their prefixes in one column, the others begin at the left edge. `left`: where no row has
+    latents all end in one column. That column, where there is one, and the width are rounded up to `multiple`.
+    """
+    shift, aligned, before = np.zeros_like(lengths.total), lengths.latents > 0, lengths.prefix
+    if left and not aligned.any():
+        aligned, before = ~aligned, lengths.total
+    if aligned.any():
+        shift[aligned] = _round_up(before[aligned].max(), multiple) - before[aligned]
+    return shift, int(_round_up((shift + lengths.total).max(), multiple))
+
+
+def _round_up(n, multiple: int):
+    return -(-n // multiple) * multiple
+
+
+# Replaced by batches.epoch_batches; here until run.py imports that one.
 def epoch_batches(
     n_rows: int, batch_size: int, seed: int, epoch: int, prefix_lengths: np.ndarray | None = None, window: int = 50
 ) -> list[np.ndarray]:

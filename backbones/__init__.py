@@ -9,7 +9,9 @@ grow_vocabulary(model, tokenizer, ids)
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 THOUGHT_TOKENS = (
     "<|start-latent|>",
@@ -40,11 +42,23 @@ def add_thought_tokens(tokenizer) -> ThoughtIds:
 def load_backbone(model_id: str, from_scratch: bool = False, seed: int = 0, **config_changes):
     """A causal LM in float32: pretrained weights, or (from_scratch) random ones of the folder's config under `seed`."""
     if not from_scratch:
-        return _from_hub(AutoModelForCausalLM, model_id, dtype=torch.float32, **config_changes)
+        return fuse_activations(_from_hub(AutoModelForCausalLM, model_id, dtype=torch.float32, **config_changes))
     config = _from_hub(AutoConfig, model_id, **config_changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).float()
+        return fuse_activations(AutoModelForCausalLM.from_config(config).float())
+
+
+def fuse_activations(model):
+    """Compute GELU's tanh form (GPT-2's `gelu_new`, `gelu_fast`) in one kernel instead of eight: the same function.
+
+    Written out in elementary operations it keeps five copies of the widest activation for the backward pass.
+    """
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, NewGELUActivation | FastGELUActivation):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def _from_hub(auto_class, model_id: str, **kwargs):

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = {"coconut", "dataset", "utils", "optimizers", "backbones", "reporting"}
+CORE = {"coconut", "attention", "generation", "dataset", "batches", "utils", "optimizers", "backbones", "reporting", "accounting"}
 MAY_IMPORT = {
     **{name: set() for name in CORE - {"backbones"}},
+    "generation": {"attention"},
+    "coconut": {"attention", "generation"},
+    "batches": {"dataset"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
     "checkpoint": CORE,
     "evaluate": CORE,

@@ -1,0 +1,98 @@
+"""Which rows meet in a batch, in which order, and making the batches ahead of their use.
+
+lengths = rows.lengths()  # of a dataset.StageDataset
+order = epoch_batches(len(rows), 32, seed=0, epoch=3, lengths=lengths)
+for batch in prefetched(lambda numbers: rows.batch(numbers, pad_id), order):
+    ...
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from dataset import Lengths, padded_layout
+
+WINDOW_ROWS, MAX_WINDOWS = 8192, 4
+STRIP_BATCHES = (1, 3, 9, 27, 81)
+MASK_COST = 0.02  # a batch with left padding, whose attention needs a mask, counts as this much wider
+
+
+def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int, lengths: Lengths | None = None) -> list[np.ndarray]:
+    """The batches of one epoch as row numbers: each row once, in an order fixed by (seed, epoch) and the lengths.
+
+    Without `lengths` a plain shuffle. With them (group_by_length) rows of like length meet: the shuffled rows are dealt
+    into windows, each is cut into batches by `_bucketed`, and the batches are shuffled. The one smaller batch is last.
+
+    More windows mean more padding and batches that differ more from epoch to epoch. One window of a large file would form
+    nearly the same batches every epoch, and small windows hold too few rows of one length; so there are up to MAX_WINDOWS,
+    of WINDOW_ROWS rows or more. Files of less than twice that are one window: it takes all rows to pad under 5 %.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(n_rows)
+    if lengths is None:
+        return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+    # First latents share a column, so prefix and rest add up to a batch's width; without latents only the total counts.
+    prefix = np.where(lengths.latents > 0, lengths.prefix, 0)
+    rest = lengths.total - prefix
+    by_length = order[np.lexsort((rest[order], prefix[order]))]
+    first = rng.integers(n_rows - n_rows % batch_size + 1)
+    smaller = by_length[first : first + n_rows % batch_size]
+    whole = order[np.isin(order, smaller, invert=True)].reshape(-1, batch_size)
+    windows = np.array_split(whole, max(1, min(n_rows // WINDOW_ROWS, MAX_WINDOWS)))
+    batches = np.concatenate([_bucketed(window.ravel(), prefix, rest, batch_size) for window in windows])
+    return [*rng.permutation(batches), *([smaller] if len(smaller) else [])]
+
+
+def _bucketed(rows: np.ndarray, prefix: np.ndarray, rest: np.ndarray, batch_size: int) -> np.ndarray:
+    """Rows of a window, in random order, as batches [n, batch_size]: the cheapest of a few ways to cut them.
+
+    Rows are sorted by prefix, cut into strips of a few batches, and each strip is sorted by the rest: with narrow strips
+    the prefixes of a batch are alike, with wide ones the rests. Each width is tried on all rows, and on those that are left
+    when as many batches as possible are filled with rows of one prefix. These need no left padding and no mask.
+    """
+    rows = rows[np.argsort(prefix[rows], kind="stable")]
+    _, first, count = np.unique(prefix[rows], return_index=True, return_counts=True)
+    fills = np.arange(len(rows)) - np.repeat(first, count) < np.repeat(count // batch_size * batch_size, count)
+    alone, mixed = rows[fills], rows[~fills]
+    alone = alone[np.lexsort((rest[alone], prefix[alone]))]
+
+    def strips(rows, n_batches):
+        return rows[np.lexsort((rest[rows], np.arange(len(rows)) // (n_batches * batch_size)))]
+
+    def cost(batches):
+        prefixes, rests = prefix[batches], rest[batches]
+        masked = prefixes.min(1) < prefixes.max(1)
+        return ((prefixes.max(1) + rests.max(1)) * (1 + MASK_COST * masked)).sum()
+
+    ways = [strips(rows, n) for n in STRIP_BATCHES]
+    ways += [np.concatenate([alone, strips(mixed, n)]) for n in STRIP_BATCHES]
+    return min((way.reshape(-1, batch_size) for way in ways), key=cost)
+
+
+def padding_share(lengths: Lengths, batches: Iterable[np.ndarray], prefix_multiple: int = 1) -> float:
+    """The share of positions in these batches that hold no token of a row, 0 to 1; of an epoch or of any part."""
+    real = columns = 0
+    for rows in batches:
+        _, width = padded_layout(lengths.of(rows), multiple=prefix_multiple)
+        real, columns = real + int(lengths.total[rows].sum()), columns + len(rows) * width
+    return 1 - real / columns
+
+
+def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
+    """make(item) of each item in order, made by one background thread while the caller works, up to `depth` ahead.
+
+    An error in `make` is raised in the place of its result. Closing the generator (a `break` out of the loop over it does)
+    drops what is not begun and waits for what is.
+    """
+    thread, pending = ThreadPoolExecutor(1, "prefetched"), deque()
+    try:
+        for item in items:
+            pending.append(thread.submit(make, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
