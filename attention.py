@@ -41,6 +41,12 @@ class _KeepNothing(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
+    def state(self) -> None:
+        """There is none."""
+
+    def restore(self, state: None) -> None:
+        """Nothing to go back to."""
+
 
 def appends_only(cache: DynamicCache) -> bool:
     """Whether all layers are of the kind made here, so that rows can be picked, joined and padded."""
@@ -125,13 +131,14 @@ class AppendLayer(DynamicLayer):
 
     def state(self) -> tuple:
         """Where the layer stands, for `restore`."""
-        return self.is_initialized, self.keys, self.values, self._buffers
+        written = [buffer.written for buffer in self._buffers or ()]
+        return self.is_initialized, self.keys, self.values, self._buffers, written
 
     def restore(self, state: tuple) -> None:
-        """Go back to a `state`; the next update writes over what followed it (which must be the same, or unneeded)."""
-        self.is_initialized, self.keys, self.values, self._buffers = state
-        for buffer in self._buffers or ():
-            buffer.written = self.keys.shape[2]
+        """Go back to a `state`. What was written since is written over by the next updates, which must repeat it."""
+        self.is_initialized, self.keys, self.values, self._buffers, written = state
+        for buffer, n in zip(self._buffers or (), written):
+            buffer.written = n
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` columns. While gradients are recorded, their storage stays untouched."""

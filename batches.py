@@ -37,7 +37,7 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int, lengths: 
     prefix = np.where(lengths.latents > 0, lengths.prefix, 0)
     rest = lengths.total - prefix
     by_length = order[np.lexsort((rest[order], prefix[order]))]
-    first = rng.integers(n_rows - n_rows % batch_size + 1)
+    first = rng.integers(n_rows // batch_size + 1) * batch_size  # the smaller batch is of some length, too
     smaller = by_length[first : first + n_rows % batch_size]
     whole = order[np.isin(order, smaller, invert=True)].reshape(-1, batch_size)
     windows = np.array_split(whole, max(1, min(n_rows // WINDOW_ROWS, MAX_WINDOWS)))

@@ -16,7 +16,6 @@ Shape letters: B rows, T columns, C columns of one pass, S slots of one pass, D 
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import generation
 from attention import append_cache, attention_bias, compute_dtype, no_cache, takes_bias
+from passes import Pass, Plan, plan_passes
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
 Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache"])
@@ -112,84 +112,6 @@ def canonical_mode(name: str) -> str:
     if name not in FEEDBACK_MODES:
         raise ValueError(f"feedback_mode {name!r} is unknown; known: {', '.join([*FEEDBACK_MODES, *SYNONYMS])}")
     return name
-
-
-# ---------------------------------------------------------------- which columns go in which pass
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Thought slot k: its column in the batch and the rows that have it (bool [B], on the CPU)."""
-
-    k: int
-    column: int
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One call of the backbone: columns start..stop-1, the thought slots among them, and the callers' row ids.
-
-    `again`: a later pass computes these columns once more (parallel thoughts); their keys and values are dropped.
-    """
-
-    index: int
-    start: int
-    stop: int
-    slots: tuple[Slot, ...]
-    row_ids: tuple[int, ...]
-    again: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a batch asks of the rollout, read off its tokens on the CPU so that no pass waits for the device."""
-
-    passes: tuple[Pass, ...]
-    left_padded: bool  # some column before a real one is padding; right padding alone needs no mask under causal attention
-    usual_positions: bool  # positions count the real columns
-    labelled: tuple[Tensor, Tensor] | None = None  # rows [N] and columns [N] whose next token is labelled
-
-
-def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iterations: int | None = None) -> tuple[Pass, ...]:
-    """Cut the columns into passes.
-
-    Args:
-        latent_BT: bool, true at thought slots, on the CPU. Rows may have different numbers of slots, or none.
-        cut: whether the feedback reads a hidden state, so that each slot starts a pass.
-        row_ids: one id a row, handed on to edits.
-        iterations: with `cut`, refine all slots in parallel this many times instead of one after the other.
-
-    Raises:
-        ValueError: slots not contiguous in a row, not starting in one common column, or a slot in column 0.
-    """
-    n_B = latent_BT.sum(1)
-    n, n_columns = int(n_B.max()), latent_BT.shape[1]
-    if n == 0:
-        return (Pass(0, 0, n_columns, (), row_ids),)
-    first = int(latent_BT.any(0).int().argmax())
-    aligned_BT = (torch.arange(n_columns) >= first) & (torch.arange(n_columns) < first + n_B[:, None])
-    wrong = (latent_BT != aligned_BT).any(1).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"latent tokens must be contiguous and start in one common column ({first} here); rows {wrong[:10]} differ: "
-            "pad the batch with MyCollator(tokenizer, latent_id)"
-        )
-    if first == 0:
-        raise ValueError("a latent token stands in column 0; a thought needs a column before it")
-    slots = [Slot(k, first + k, n_B > k) for k in range(n)]
-    if not cut:
-        spans = [(0, n_columns)]
-    elif iterations is None or iterations >= n:  # n iterations are the exact result, which the loop has for less
-        starts = [0, *(slot.column for slot in slots)]
-        spans = list(zip(starts, [*starts[1:], n_columns]))
-    else:
-        spans = [(0, first), *[(first, first + n)] * (iterations - 1), (first, n_columns)]
-    later = [start for start, _ in spans[1:]] + [n_columns]
-    return tuple(
-        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids, again=later[i] < stop)
-        for i, (start, stop) in enumerate(spans)
-    )
 
 
 # ---------------------------------------------------------------- the wrapper

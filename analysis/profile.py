@@ -6,17 +6,18 @@
 Runs run.py for a few updates of one curriculum stage in a temporary folder, with one process and without checkpoints, and
 prints the milliseconds of each phase, the rates and the cost of an evaluation. Any key may follow as key=value; those that
 make it a short run (save_path, resume, num_epochs, max_steps, ...) are set here. A load_model_path that does not exist is
-left out: speed does not depend on the weights, but an untrained model generates longer. Writes profile.json and profile.png
-to <out>/<name>-stage<S>/.
+left out: speed does not depend on the weights, but an untrained model generates longer. Milliseconds are medians, shares
+are of the summed time. Writes profile.json and profile.png to <out>/<name>-stage<S>/.
 
   prefix          the backbone up to the first thought          suffix+head     the last pass, the head and the loss
-  thoughts        the passes of the other thoughts              (without thoughts, the whole forward)
+  thoughts        the passes between these two                  (without thoughts, the whole forward)
 """
 
 import argparse
 import json
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def train(yaml_file: str, overrides: list[str], folder: Path, updates: int) -> s
             process.kill()
             process.wait()
     text = log.read_text(errors="replace")
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise ValueError(f"run.py was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
     if process.returncode:
         lines = [line for line in text.splitlines() if line.strip()] or [f"nothing was printed, code {process.returncode}"]
         told = [line for line in lines if line.startswith("error")] or lines
@@ -102,7 +106,7 @@ def summarise(records: list[dict], stage: int, warmup: int) -> dict:
     "max_ms", "share"}}, "update": the same of their sums, "rates": over all measured updates, without evaluations between
     them, "evaluation": {"seconds", "rows"} or None}. ValueError where no update is left.
     """
-    speed = [r for r in records if r["event"] == "speed" and r["stage"] == stage]
+    speed = [_with_phases(r) for r in records if r["event"] == "speed" and r["stage"] == stage]
     measured, seen = [], 0
     for record in speed:
         if seen >= warmup:
@@ -127,6 +131,12 @@ def summarise(records: list[dict], stage: int, warmup: int) -> dict:
         "evaluation": {"seconds": evaluations[-1]["seconds"], "rows": evaluations[-1]["total"]} if evaluations else None,
         "updates": updates,
     }
+
+
+def _with_phases(record: dict) -> dict:
+    """A speed record that may hold its phases as `seconds`: phases under "phases", their sum as "seconds"."""
+    seconds = record["seconds"]
+    return record | {"phases": seconds, "seconds": sum(seconds.values())} if isinstance(seconds, dict) else record
 
 
 def _spread(milliseconds: list[float], whole: float) -> dict[str, float]:
@@ -173,7 +183,7 @@ def device_name(config: Config) -> str:
         return torch.cuda.get_device_name()
     if config.device == "mps" or (config.device == "auto" and torch.backends.mps.is_available()):
         return f"Apple GPU, {platform.machine()}"
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"CPU, threads: {torch.get_num_threads()}, {platform.machine()}"
 
 
 # ---------------------------------------------------------------- telling
@@ -225,7 +235,7 @@ def draw(profile: dict, path: Path) -> None:
         text = f"{name}\n{spread['median_ms']:.1f} ms, {100 * spread['share']:.0f} %"
         whole.plot([centre, x], [0.42, 0.75], color=COLOURS[name], lw=1)
         whole.text(x, 0.8, text, ha="center", va="bottom", fontsize=8)
-    whole.set(ylim=(-0.45, 1.7), yticks=[0], yticklabels=["median"])
+    whole.set(ylim=(-0.45, 1.5), yticks=[0], yticklabels=["median"])
     lefts = [0.0] * len(updates)
     for name in phases:
         widths = [update[name] for update in updates]
@@ -264,10 +274,10 @@ def profile_run(args: argparse.Namespace) -> tuple[dict, Path]:
     """Train, read, write; returns the profile and the folder it is in."""
     config = load_config(args.config, args.overrides)
     stage = last_stage(config) if args.stage is None else args.stage
-    if config.stage(stage * config.epochs_per_stage) != stage:
-        raise ValueError(f"--stage: {args.stage}, but a model with cot or no_cot has no stages; leave it out")
     if args.steps < 1 or args.warmup < 0 or stage < 0:
         raise ValueError("--steps must be at least 1, --warmup and --stage at least 0")
+    if config.stage(stage * config.epochs_per_stage) != stage:
+        raise ValueError(f"--stage: {args.stage}, but a model with cot or no_cot has no stages; leave it out")
     updates = args.warmup + args.steps
     print(f"Profiling {args.config}: {updates} updates of stage {stage}", flush=True)
     with tempfile.TemporaryDirectory(prefix="profile-") as temporary:

@@ -1,4 +1,4 @@
-"""Which rows meet in a batch and how they are padded: draws of `uniform_prob`, epoch order, lengths, the collator."""
+"""Rows to padded tensors: draws of `uniform_prob`, lengths, the collator, and batches cut from the token arrays."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import MyCollator, StageDataset, TokenTable, drawn_stage, epoch_batches
+import dataset
+from coconut import Coconut
+from dataset import MyCollator, StageDataset, TokenTable, drawn_stage
+from tiny import build
 
 START, END, LATENT, EOS = 90, 91, 92, 99
 BARE = {"bare": True, "c_thought": 0}  # without markers
@@ -47,19 +50,31 @@ def rows_of(table, stage, training=True, epoch=0, bare=False, **values):
 # ---------------------------------------------------------------- uniform_prob
 
 
-def plans(rows, order=None):
-    return {i: rows.plan(i) for i in (order if order is not None else range(len(rows)))}
+def latents_of(rows, order=None):
+    """Row number -> latents in its tokens, the rows built in a certain order."""
+    return {i: int((rows[i]["input_ids"] == LATENT).sum()) for i in (order if order is not None else range(len(rows)))}
 
 
 def test_draws_depend_on_seed_epoch_and_row_and_not_on_the_order_of_access(table):
     def draw(order=None, **options):
-        return plans(rows_of(table, 1, uniform_prob=0.5, **options), order)
+        return latents_of(rows_of(table, 1, uniform_prob=0.5, **options), order)
 
     first = draw()
     assert draw(order=np.random.default_rng(0).permutation(70).tolist()) == first
     assert len({tuple(draw(epoch=e, seed=s).values()) for e in range(3) for s in range(3)}) == 9
     rows = rows_of(table, 1, uniform_prob=0.5)
-    assert all((rows[i]["input_ids"] == LATENT).sum() == first[i][1] for i in reversed(range(70)))
+    batch = rows.batch([5, 3, 60], 0)
+    assert (batch["input_ids"] == LATENT).sum(1).tolist() == [first[i] for i in (5, 3, 60)]
+    assert rows.lengths().latents.tolist() == list(first.values())
+
+
+def test_rows_are_drawn_once_and_only_for_uniform_prob(table, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dataset, "drawn_stage", lambda *args: drawn.append(args[-1]) or drawn_stage(*args))
+    for probability, expected in ((0.0, []), (0.5, list(range(70)))):
+        rows = rows_of(table, 2, uniform_prob=probability)
+        rows.lengths(), rows.batch([1, 2], 0), rows[7], rows.lengths([3])
+        assert drawn == expected
 
 
 def first_of_batch(rows):
@@ -70,7 +85,7 @@ def test_draws_are_the_same_in_two_workers(table):
     rows = rows_of(table, 1, uniform_prob=0.7)
     workers = DataLoader(rows, batch_size=1, collate_fn=first_of_batch, num_workers=2, multiprocessing_context="fork")
     loaded = list(workers)
-    assert len(loaded) == 70 and len({tuple(plan) for plan in plans(rows).values()}) > 7
+    assert len(loaded) == 70 and len(set(zip(*rows.plans.tolist()))) > 7
     for i, row in enumerate(loaded):
         assert row["idx"] == i and row["input_ids"].tolist() == rows[i]["input_ids"].tolist()
 
@@ -92,13 +107,13 @@ def test_a_draw_above_the_cap_removes_every_step(table):
     for i in range(70):
         drawn = drawn_stage(table.n_steps(i), 0, rows.configs, 0, i)
         seen.add(min(drawn, 3))
-        assert rows.plan(i) == ((drawn, 2 * drawn) if drawn <= 2 else (table.n_steps(i), 4))
+        assert tuple(rows.plans[:, i]) == ((drawn, 2 * drawn) if drawn <= 2 else (table.n_steps(i), 4))
     assert seen == {0, 1, 2, 3}
 
 
 def test_prompts_are_not_drawn(table):
     rows = rows_of(table, 2, training=False, uniform_prob=1.0)
-    assert {rows.plan(i)[1] for i in range(70)} == {2}
+    assert rows.plans[1].tolist() == [2] * 70
 
 
 # ---------------------------------------------------------------- lengths
@@ -121,44 +136,9 @@ def test_lengths_are_those_of_the_rows_built(table, values, training):
             assert lengths.labelled[i] == (rows[i]["labels"] != -100).sum() if training else lengths.labelled[i] == 0
             latest = len(table.question[i]) + (not values.get("bare"))  # after the start marker, where there is one
             assert lengths.prefix[i] == (ids.index(LATENT) if LATENT in ids else latest) == latest
-
-
-# ---------------------------------------------------------------- the order of an epoch
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("n", "size"), [(103, 8), (64, 8), (5, 8), (1, 1), (2000, 16)])
-def test_an_epoch_visits_each_row_once(n, size, grouped):
-    lengths = np.random.default_rng(0).integers(5, 200, n) if grouped else None
-    batches = epoch_batches(n, size, 0, 0, lengths)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
-    assert [len(batch) for batch in batches] == [size] * (n // size) + [n % size] * (n % size > 0)
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_epochs_and_seeds_have_orders_of_their_own(grouped):
-    lengths = np.random.default_rng(0).integers(5, 200, 100) if grouped else None
-
-    def order(seed, epoch):
-        return tuple(np.concatenate(epoch_batches(100, 8, seed, epoch, lengths)).tolist())
-
-    assert order(3, 4) == order(3, 4)
-    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)} | {tuple(range(100))}) == 10
-
-
-def test_grouping_by_length_pads_less_and_keeps_batches_shuffled():
-    lengths = np.random.default_rng(0).integers(5, 200, 1003)
-
-    def padding(batches):
-        return sum((lengths[batch].max() - lengths[batch]).sum() for batch in batches)
-
-    plain, grouped = (epoch_batches(1003, 8, 0, 0, given, window=20) for given in (None, lengths))
-    assert padding(grouped) < 0.2 * padding(plain)
-    assert len(grouped[-1]) == 3
-    means = np.array([lengths[batch].mean() for batch in grouped[:-1]])
-    assert 0.3 < (np.diff(means) > 0).mean() < 0.7  # short and long batches come mixed, not in rising runs
-    members = {frozenset(batch.tolist()) for batch in grouped}
-    assert members.isdisjoint(frozenset(b.tolist()) for b in epoch_batches(1003, 8, 0, 1, lengths, window=20))
+        some = np.array([60, 2, 2, 33])
+        for array, part, of in zip(lengths, rows.lengths(some), lengths.of(some)):
+            assert array[some].tolist() == part.tolist() == of.tolist()
 
 
 # ---------------------------------------------------------------- the collator
@@ -242,3 +222,78 @@ def test_batches_of_every_stage_are_aligned_and_give_the_rows_back(table):
             assert batch["labels"][b, real].tolist() == row["labels"].tolist()
             assert batch["position_ids"][b, real].tolist() == list(range(len(row["input_ids"])))
             assert not batch["position_ids"][b, ~real].any() and (batch["labels"][b, ~real] == -100).all()
+
+
+# ---------------------------------------------------------------- batches from the token arrays
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"c_thought": 2}, {"pad_latent_to_max": False}, {"uniform_prob": 0.5}, {"no_cot": True}, BARE],
+    ids=str,
+)
+def test_batches_are_those_of_the_collator(table, values, training, left):
+    collator, rng = MyCollator(Tokens(pad=7), LATENT, left=left), np.random.default_rng(1)
+    shifted = set()
+    for stage in (0, 2, 7):
+        rows = rows_of(table, stage, training, **values)
+        for size in (1, 4, 32):
+            numbers = rng.permutation(70)[:size]
+            expected = collator([rows[i] for i in numbers])
+            batch = rows.batch(numbers, 7, left)
+            assert list(batch) == list(expected) and ("labels" in batch) == training
+            for key, value in expected.items():
+                assert batch[key].dtype == torch.int64 and torch.equal(batch[key], value), key
+            shifted.add(bool((batch["attention_mask"][:, 0] == 0).any()))
+    assert True in shifted or (not left and values in (BARE, {"no_cot": True}))  # left padding was among the cases
+
+
+def test_a_batch_shares_no_memory_with_the_order_it_was_asked_for(table):
+    order = np.arange(6)
+    batch = rows_of(table, 2).batch(order[:3], 0)
+    batch["idx"] += 10
+    assert order.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stage", [0, 2, 7])
+def test_rounded_batches_have_few_shapes_and_the_same_rows(table, stage, training, left):
+    rows, multiple = rows_of(table, stage, training, uniform_prob=0.2), 8
+    for start in range(0, 70, 14):
+        numbers = np.arange(start, start + 14)
+        plain, batch = rows.batch(numbers, 0, left), rows.batch(numbers, 0, left, multiple)
+        latent, real = batch["input_ids"] == LATENT, batch["attention_mask"].bool()
+        columns = set(latent.int().argmax(1)[latent.any(1)].tolist())
+        assert len(columns) <= 1 and all(column % multiple == 0 for column in columns)
+        n_before, n_after = plain["input_ids"].shape[1], batch["input_ids"].shape[1]
+        assert n_after % multiple == 0 and n_before <= n_after < n_before + 2 * multiple
+        if not columns:  # all the padding is on one side, as without rounding
+            assert real[:, -1 if left else 0].all()
+        for key in batch.keys() - {"idx"}:
+            assert torch.equal(batch[key][real], plain[key][plain["attention_mask"].bool()]), key
+        assert not batch["position_ids"][~real].any()
+        assert not training or (batch["labels"][~real] == -100).all()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_rounding_changes_no_loss_and_no_continuation(table, stage):
+    model = Coconut(build("gpt2", vocab=100), LATENT, START, END, EOS).eval()
+    numbers = [3, 50, 12, 8, 40]
+
+    def batch(training, multiple):
+        made = rows_of(table, stage, training).batch(numbers, 0, left=not training, prefix_multiple=multiple)
+        made.pop("idx")
+        return made
+
+    plain, rounded = batch(True, 1), batch(True, 16)
+    assert rounded["input_ids"].shape[1] > plain["input_ids"].shape[1]
+    assert model(**rounded).loss.item() == pytest.approx(model(**plain).loss.item(), rel=1e-9)
+    continuations = []
+    for multiple in (1, 16):
+        prompts = batch(False, multiple)
+        ids = model.generate(**prompts, max_new_tokens=6)
+        continuations.append(ids[:, prompts["input_ids"].shape[1] :].tolist())
+    assert continuations[0] == continuations[1] and len(continuations[0][0]) == 6

@@ -1,7 +1,7 @@
 """Files to tokens to curriculum rows: against recorded rows and batches of the stock code, and rows written by hand."""
 
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import datasets
 import pytest
@@ -341,8 +341,19 @@ def test_table_holds_more_rows_than_one_piece_of_work_and_rows_without_steps(wor
         assert table.question[i].tolist() == spelled(words, QUESTION)
         assert table.answer[i].tolist() == spelled(words, ANSWER)
         expected = [spelled(words, text) for text in (T1, T2, T3)[: i % 7 % 4]]
-        assert [ids.tolist() for ids in table.steps(i, 0)] == expected
-        assert [ids.tolist() for ids in table.steps(i, 1)] == expected[1:]
+        for skip in range(len(expected) + 1):
+            assert table.steps(i, skip).tolist() == list(chain.from_iterable(expected[skip:]))
+
+
+def test_a_part_of_a_dataset_makes_a_table_of_its_own_rows(words, tmp_path):
+    base = get_dataset(write(tmp_path, [THREE, SIX, THREE, THREE | {"steps": []}, SIX]), words[0])
+    part, whole = TokenTable(base.select(range(1, 5))), TokenTable(base)
+    assert len(part) == 4
+    for i in range(4):
+        assert part.n_steps(i) == whole.n_steps(i + 1) == [6, 3, 0, 6][i]
+        for a, b in ((part.question, whole.question), (part.answer, whole.answer)):
+            assert a[i].tolist() == b[i + 1].tolist()
+        assert part.steps(i, 0).tolist() == whole.steps(i + 1, 0).tolist()
 
 
 # ---------------------------------------------------------------- answers
