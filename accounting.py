@@ -204,6 +204,11 @@ class Throughput:
         self.labelled += int(labelled)
         self.flops += training_flops(shape, lengths, labelled)
 
+    def __iadd__(self, other: "Throughput") -> "Throughput":
+        for name, amount in vars(other).items():
+            setattr(self, name, getattr(self, name) + amount)
+        return self
+
     def rates(self, seconds: float, peak: float | None = None) -> dict[str, float]:
         """The rates under their keys in metrics.jsonl; those of no time and shares of nothing are 0.
 

@@ -158,7 +158,8 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
         backbones.grow_vocabulary(base, tokenizer, ids)
 
     mode = "none" if config.plain else config.feedback_mode
-    model = Coconut(base, ids.latent, ids.start, ids.end, tokenizer.eos_token_id, mode, config.force_multipass)
+    options = (mode, config.force_multipass, config.latent_iterations)
+    model = Coconut(base, ids.latent, ids.start, ids.end, tokenizer.eos_token_id, *options)
     if model.pause_embedding is not None:
         model.pause_embedding.data.copy_(backbones.anchor_row(base.get_input_embeddings().weight.data, tokenizer))
     if wrapped_file:
@@ -277,6 +278,12 @@ class RunFolder:
         records = (r for r in read_jsonl(self.metrics) if r["event"] == "eval" and r["epoch"] < up_to_epoch)
         return {r["epoch"]: r["eval/acc"] for r in records}
 
+    def micro_batch(self) -> int | None:
+        """The micro-batch of the run that would be resumed here: rows meet in the same batches only if it is kept."""
+        if not (numbered_checkpoints(self.path) or (self.path / "last_state").is_file()):
+            return None
+        return json.loads((self.path / "run.json").read_text())["config"]["batch_size_training"]
+
     # ------------------------------------------------------------ saving
 
     def begin(self, model: Coconut) -> None:
@@ -293,6 +300,8 @@ class RunFolder:
         if not file.is_file() or not (numbered_checkpoints(self.path) or (self.path / "last_state").is_file()):
             return
         before, now = json.loads(file.read_text())["config"], self.config.model_dump()
+        if now["batch_size_training"] == "auto":
+            now["batch_size_training"] = before.get("batch_size_training")
         differing = [key for key in now if before.get(key) != now[key]]
         identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
         fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import generation
 from attention import append_cache, attention_bias, compute_dtype, no_cache, takes_bias
@@ -161,6 +162,7 @@ class Coconut(nn.Module):
         if latent_iterations is not None and (latent_iterations < 1 or not self.feedback.reads_hidden):
             raise ValueError("latent_iterations must be at least 1, and needs feedback_mode continuous")
         self.force_multipass, self.latent_iterations = force_multipass, latent_iterations
+        self.compiled = False  # see compiled.py
         self.after_pass: Callable[[Pass, bool], None] | None = None
         self.gen_forward_cnt = 0
         _refuse_scaled_logits(base_causallm.config)
@@ -205,11 +207,15 @@ class Coconut(nn.Module):
         plan = plan or self.plan(input_ids, attention_mask, position_ids, row_ids=row_ids)
         n_columns = input_ids.shape[1]
         if len(plan.passes) > 1 and cache is None:
-            cache = append_cache(self.base_causallm.config, n_columns)
+            # Compiled code can't append in place under autograd; the library's cache, which concatenates, it can.
+            config, in_place = self.base_causallm.config, not (self.compiled and self.training)
+            cache = append_cache(config, n_columns) if in_place else DynamicCache(config=config)
         positions_BT = position_ids
-        if plan.usual_positions:
-            count = torch.arange(n_columns, device=input_ids.device)[None]
-            positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0) if plan.left_padded else count
+        if plan.usual_positions and attention_mask is not None and (plan.left_padded or position_ids is None):
+            positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        elif plan.usual_positions:
+            limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or n_columns
+            positions_BT = torch.arange(n_columns, device=input_ids.device).clamp(max=limit - 1)[None]
         mask_BT, bias = attention_mask if plan.left_padded else None, None
         if mask_BT is not None and takes_bias(self.base_causallm):
             bias = attention_bias(mask_BT, 0, compute_dtype(self.embedding.weight))
@@ -268,6 +274,8 @@ class Coconut(nn.Module):
         if cache is not None and self.training and _checkpoints_activations(base):
             raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
         with ExitStack() as hooks:
+            if self.compiled and (edit is not None or not self.training):
+                hooks.enter_context(torch.compiler.set_stance("force_eager"))
             if edit is not None:
                 x_BCD = _edited(edit, 0, pass_, x_BCD)
                 for layer in getattr(edit, "layers", ()):

@@ -193,7 +193,7 @@ class _Ragged:
 
 def _starts(lists) -> np.ndarray:
     offsets = lists.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0]  # a slice of a table keeps the offsets of the whole
+    return offsets - offsets[0]  # a slice of an Arrow array keeps the offsets of the whole
 
 
 # ---------------------------------------------------------------- curriculum
@@ -296,8 +296,7 @@ class StageDataset(torch.utils.data.Dataset):
     ) -> dict[str, torch.Tensor]:
         """What `MyCollator` makes of these rows, straight from the token arrays: int64 [B, T], `idx` [B].
 
-        `prefix_multiple` gives compiled code few shapes: further padding makes the column of the first latents (see
-        `padded_layout`) and the width T multiples of it.
+        `prefix_multiple` gives compiled code few shapes, by further padding (see `padded_layout`).
         """
         rows = np.array(row_numbers, dtype=np.int64)
         lengths = self.lengths(rows)
@@ -346,14 +345,14 @@ def padded_layout(lengths: Lengths, left: bool = False, multiple: int = 1) -> tu
     """How rows stand in one batch: the padded columns before each of them, int64 [B], and the batch's width.
 
     Rows with latents end their prefixes in one column, the others begin at the left edge. `left`: where no row has
-    latents all end in one column. That column, where there is one, and the width are rounded up to `multiple`.
+    latents all end in one column. That column, where there is one, is rounded up to `multiple`, the width to a quarter of it.
     """
     shift, aligned, before = np.zeros_like(lengths.total), lengths.latents > 0, lengths.prefix
     if left and not aligned.any():
         aligned, before = ~aligned, lengths.total
     if aligned.any():
         shift[aligned] = _round_up(before[aligned].max(), multiple) - before[aligned]
-    return shift, int(_round_up((shift + lengths.total).max(), multiple))
+    return shift, int(_round_up((shift + lengths.total).max(), max(multiple // 4, 1)))
 
 
 def _round_up(n, multiple: int):
@@ -361,25 +360,6 @@ def _round_up(n, multiple: int):
 
 
 # Replaced by batches.epoch_batches; here until run.py imports that one.
-def epoch_batches(
-    n_rows: int, batch_size: int, seed: int, epoch: int, prefix_lengths: np.ndarray | None = None, window: int = 50
-) -> list[np.ndarray]:
-    """The micro-batches of one epoch as row numbers: each row once, in an order fixed by (seed, epoch).
-
-    With `prefix_lengths` (group_by_length) rows are sorted by length within shuffled windows of `window` batches, and
-    the batches shuffled again: less padding, the same rows in the epoch. The one smaller batch stays last.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(n_rows)
-    if prefix_lengths is None:
-        return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
-    whole = n_rows // batch_size * batch_size
-    spans = [order[i : min(i + batch_size * window, whole)] for i in range(0, whole, batch_size * window)]
-    order[:whole] = np.concatenate([span[np.argsort(prefix_lengths[span], kind="stable")] for span in spans] or [order[:0]])
-    batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
-    return [batches[i] for i in rng.permutation(whole // batch_size)] + batches[whole // batch_size :]
-
-
 class MyCollator:
     """Pad rows to a batch: on the left so that the first latents share a column, then on the right (stock name).
 

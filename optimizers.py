@@ -15,8 +15,13 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer
 
 
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves everything as it is when its `found_inf` (a tensor) is 1, without the host looking."""
+    return bool(optimizer.defaults.get("fused"))
+
+
 def _adamw(parameters, config):
-    fused = parameters[0].device.type == "cuda"
+    fused = parameters[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=fused
     )

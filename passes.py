@@ -8,7 +8,7 @@ in parallel          0          1         (columns t1 .. tn)      ... iterations
 all at once          0                                            ... cut=False: no slot waits for a state
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,17 @@ class Plan:
     left_padded: bool  # some column before a real one is padding; right padding alone needs no mask under causal attention
     usual_positions: bool  # positions count the real columns
     labelled: tuple[Tensor, Tensor] | None = None  # rows [N] and columns [N] whose next token is labelled
+
+    def pinned(self) -> "Plan":
+        """With its indices in page-locked memory, from where `to` does not wait."""
+        return self._with(lambda index: index.pin_memory())
+
+    def to(self, device: torch.device) -> "Plan":
+        """With its indices on a device."""
+        return self._with(lambda index: index.to(device, non_blocking=True))
+
+    def _with(self, change) -> "Plan":
+        return replace(self, labelled=None if self.labelled is None else tuple(map(change, self.labelled)))
 
 
 def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iterations: int | None = None) -> tuple[Pass, ...]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from accounting import PHASES, Shape, Stopwatch, Throughput
+
 
 class Metrics:
     """Appends records to `<run folder>/metrics.jsonl` and sends their stock keys (those with a /) to wandb.
@@ -112,32 +114,66 @@ class Progress:
 
 
 class Meter:
-    """Samples, real tokens and seconds of training, over the whole run."""
+    """Time, work and rates of training, over the whole run, and what an epoch adds to it.
 
-    def __init__(self):
-        self.started = time.time()
-        self.samples = self.tokens = self.seconds = 0.0
+    `shape` and `peak` (FLOP/s of all processes' devices together, or None) are those of `accounting`.
+    """
 
-    def add(self, samples: int, tokens: int, seconds: float) -> dict:
-        """Count an epoch; returns its rates."""
-        self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
-        return {
-            "tokens_per_s": tokens / max(seconds, 1e-9),
-            "samples_per_s": samples / max(seconds, 1e-9),
-            "seconds": seconds,
-        }
+    def __init__(self, device: torch.device, shape: Shape, peak: float | None = None):
+        self.device, self.shape, self.peak = device, shape, peak
+        self.started, self.watch = time.time(), Stopwatch(device)
+        self.epoch, self.run = _Account(), _Account()
 
-    def print_summary(self, accuracies: dict[int, float], device: torch.device) -> None:
-        """The closing lines: accuracy, time, rates, peak memory. `accuracies`: {epoch index: accuracy}."""
+    def add(self, work: Throughput) -> dict:
+        """Count the work of some updates and the time since the last call; returns the rates and phases of both."""
+        phases = self.watch.read()
+        for account in (self.epoch, self.run):
+            account.add(work, phases)
+        return _rates(work, phases, self.peak)
+
+    def close_epoch(self) -> dict:
+        """The rates and phases of the epoch."""
+        epoch, self.epoch = self.epoch, _Account()
+        return _rates(epoch.work, epoch.phases, self.peak) | {"peak_memory_gb": peak_memory(self.device) / 1e9}
+
+    def print_summary(self, accuracies: dict[int, float]) -> None:
+        """The closing lines: accuracy, rates, where the time went, peak memory. `accuracies`: {epoch index: accuracy}."""
         if accuracies:
             last, best = max(accuracies), max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))
             print(f"Final accuracy {accuracies[last]:.4f} (epoch {last + 1}), best {accuracies[best]:.4f} (epoch {best + 1})")
-        if self.seconds:
+        work, phases = self.run.work, self.run.phases
+        rates = _rates(work, phases, self.peak)
+        if work.samples:
             print(
-                f"Trained {self.samples:.0f} samples, {self.tokens:.0f} tokens in {self.seconds:.1f} s: "
-                f"{self.samples / self.seconds:.1f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
+                f"Trained {work.samples} samples, {work.tokens} tokens in {rates['seconds']:.1f} s: "
+                f"{rates['samples_per_s']:.1f} samples/s, {rates['tokens_per_s']:.0f} tokens/s, "
+                f"{rates['tflops_per_s']:.3g} TFLOP/s"
+                + (f", MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else "")
+                + f"; padding {100 * rates['padded_share']:.1f} %, supervised {100 * rates['supervised_share']:.1f} %"
             )
-        print(f"Peak memory {peak_memory(device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True)
+        for name, seconds in self.watch.read().items():  # what came after the last update
+            phases[name] = phases.get(name, 0.0) + seconds
+        total = sum(phases.values())
+        if total:
+            shares = (f"{name} {100 * phases[name] / total:.0f} %" for name in PHASES if name in phases)
+            print(f"Time: {', '.join(shares)}")
+        print(f"Peak memory {peak_memory(self.device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True)
+
+
+class _Account:
+    def __init__(self):
+        self.work, self.phases = Throughput(), {}
+
+    def add(self, work: Throughput, phases: dict[str, float]) -> None:
+        self.work += work
+        for name, seconds in phases.items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+
+def _rates(work: Throughput, phases: dict[str, float], peak: float | None) -> dict:
+    """Rates while training: validation and saving are shown among the phases, and do not count as time of training."""
+    seconds = sum(s for name, s in phases.items() if name not in ("evaluation", "saving"))
+    return work.rates(seconds, peak) | {"phases": phases}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -54,7 +54,7 @@ class Config(BaseModel):
     train_path: str | None = None
     val_path: str
     reset_optimizer: bool | Literal["stage"] = False
-    batch_size_training: int = Field(32, ge=1)
+    batch_size_training: int | Literal["auto"] = 32
     gradient_accumulation_steps: int = Field(1, ge=1)
     num_epochs: int = Field(25, ge=1)
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
@@ -67,6 +67,9 @@ class Config(BaseModel):
     from_scratch: bool = False
     tf32: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: bool | Literal["always"] = False
+    activation_checkpointing: bool = False
+    latent_iterations: int | None = Field(None, ge=1)
 
     # batches
     effective_batch_size: int | None = Field(None, ge=1)
@@ -88,18 +91,28 @@ class Config(BaseModel):
     gradient_clip: float | None = Field(None, gt=0)
     early_stop_patience: int | None = Field(None, ge=1)
     min_delta: float = Field(0.0, ge=0)
+    max_steps: int | None = Field(None, ge=1)
 
     # run folder and logging
     auto_resume: bool = True
     save_training_state: bool = True
     save_every_steps: int = Field(500, ge=0)
+    log_every: int = Field(10, ge=1)
+    peak_tflops: float | None = Field(None, gt=0)
     wandb: bool | Literal["auto"] = "auto"
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
 
     def __init__(self, values: dict | None = None, /, **kwargs):
         super().__init__(**(values or {}), **kwargs)
 
-    @field_validator("bf16", "reset_optimizer", "two_choice", "wandb", mode="before")
+    @field_validator("batch_size_training")
+    @classmethod
+    def _at_least_one_row(cls, value):
+        if value != "auto" and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
+
+    @field_validator("bf16", "reset_optimizer", "two_choice", "wandb", "compile", mode="before")
     @classmethod
     def _word_to_bool(cls, value):
         return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
@@ -195,7 +208,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
     flags = {key: str(given.get(key, False)).lower() in ("true", "yes", "on", "1") for key in METHOD_FLAGS}
-    problems += _check_method(flags, given) + _check_mode(flags, given)
+    problems += _check_method(flags, given) + _check_mode(flags, given) + _check_speed(flags, given)
     if config is not None:
         if not config.only_eval and config.train_path is None:
             problems.append("train_path: missing (needed unless only_eval: True)")
@@ -204,6 +217,8 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
     if problems:
         raise ValueError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
     changes = {"feedback_mode": "learned_shared"} if config.feedback_mode == "pause_multipass" else {}
+    if config.batch_size_training == "auto" and config.effective_batch_size is None:
+        changes["effective_batch_size"] = 128
     return config.model_copy(update=changes | ({"c_thought": 0} if config.no_thoughts else {}))
 
 
@@ -237,6 +252,18 @@ def _check_mode(flags: dict[str, bool], given: dict) -> list[str]:
     return []
 
 
+def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
+    problems = []
+    continuous = flags["coconut"] and not flags["no_thoughts"] and given.get("feedback_mode", "continuous") == "continuous"
+    if given.get("latent_iterations") and not continuous:
+        problems.append("latent_iterations: needs coconut: True and feedback_mode: continuous")
+    if given.get("compile") and given.get("activation_checkpointing"):
+        problems.append("compile: cannot be combined with activation_checkpointing; set one of them to False")
+    if given.get("batch_size_training") == "auto" and given.get("gradient_accumulation_steps", 1) != 1:
+        problems.append("batch_size_training: auto sets the accumulation itself; give effective_batch_size instead")
+    return problems
+
+
 # ---------------------------------------------------------------- seeds
 
 
@@ -267,6 +294,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The widest floating-point type of the device, for sums."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def print(self, *args) -> None:
         if self.is_main:

@@ -106,7 +106,7 @@ def summarise(records: list[dict], stage: int, warmup: int) -> dict:
     "max_ms", "share"}}, "update": the same of their sums, "rates": over all measured updates, without evaluations between
     them, "evaluation": {"seconds", "rows"} or None}. ValueError where no update is left.
     """
-    speed = [_with_phases(r) for r in records if r["event"] == "speed" and r["stage"] == stage]
+    speed = [r for r in records if r["event"] == "speed" and r["stage"] == stage]
     measured, seen = [], 0
     for record in speed:
         if seen >= warmup:
@@ -131,12 +131,6 @@ def summarise(records: list[dict], stage: int, warmup: int) -> dict:
         "evaluation": {"seconds": evaluations[-1]["seconds"], "rows": evaluations[-1]["total"]} if evaluations else None,
         "updates": updates,
     }
-
-
-def _with_phases(record: dict) -> dict:
-    """A speed record that may hold its phases as `seconds`: phases under "phases", their sum as "seconds"."""
-    seconds = record["seconds"]
-    return record | {"phases": seconds, "seconds": sum(seconds.values())} if isinstance(seconds, dict) else record
 
 
 def _spread(milliseconds: list[float], whole: float) -> dict[str, float]:

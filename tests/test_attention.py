@@ -20,7 +20,8 @@ def passes(n_layers=2, seed=0):
     """Keys and values [2, 3, C, 4] of each pass and layer, leaves that want gradients."""
     torch.manual_seed(seed)
     return [
-        [[torch.randn(2, 3, c, 4, dtype=torch.float64, requires_grad=True) for _ in "kv"] for _ in range(n_layers)] for c in SIZES
+        [[torch.randn(2, 3, c, 4, dtype=torch.float64, requires_grad=True) for _ in "kv"] for _ in range(n_layers)]
+        for c in SIZES
     ]
 
 

@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tiny import build
 from torch.utils.data import DataLoader
 
 import dataset
 from coconut import Coconut
 from dataset import MyCollator, StageDataset, TokenTable, drawn_stage
-from tiny import build
 
 START, END, LATENT, EOS = 90, 91, 92, 99
 BARE = {"bare": True, "c_thought": 0}  # without markers

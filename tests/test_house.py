@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = {
-    *("coconut", "passes", "attention", "generation", "recompute", "dataset", "batches", "utils", "optimizers"),
-    *("backbones", "reporting", "accounting"),
-}
+MODEL = {"attention", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
+DATA = {"dataset", "batches"}
+CORE = MODEL | DATA | {"utils", "accounting", "reporting", "microbatch"}
 MAY_IMPORT = {
-    **{name: set() for name in CORE - {"backbones"}},
+    **{name: set() for name in CORE},
     "generation": {"attention"},
     "coconut": {"attention", "generation", "passes"},
-    "batches": {"dataset"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
+    "batches": {"dataset"},
+    "reporting": {"accounting"},
     "checkpoint": CORE,
-    "evaluate": CORE,
-    "run": CORE | {"checkpoint", "evaluate"},
+    "two_choice": CORE,
+    "evaluate": CORE | {"two_choice"},
+    "training": CORE | {"checkpoint", "evaluate"},
+    "run": CORE | {"checkpoint", "evaluate", "training"},
     "data": {"data"},
     "analysis": CORE | {"checkpoint", "evaluate", "data", "analysis"},
     "benchmarks": CORE | {"checkpoint", "evaluate", "data", "run"},

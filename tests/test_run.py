@@ -16,6 +16,8 @@ import yaml
 from conftest import ROOT
 
 import run
+import training
+from coconut import Coconut
 
 BASE = {
     "model_id": str(ROOT / "backbones/prosqa_tiny"),
@@ -149,8 +151,8 @@ def test_without_thoughts_all_modes_are_one_function(make, tmp_path):
 
 def test_a_new_optimizer_for_every_epoch_or_stage_or_none(make, monkeypatch):
     built = []
-    build = run.build_optimizer
-    monkeypatch.setattr(run, "build_optimizer", lambda *args: built.append(build(*args)) or built[-1])
+    build = training.build_optimizer
+    monkeypatch.setattr(training, "build_optimizer", lambda *args: built.append(build(*args)) or built[-1])
     for reset, n in ((True, 4), ("stage", 2), (False, 1)):
         built.clear()
         changes = {"reset_optimizer": reset, "num_epochs": 4, "epochs_per_stage": 2, "max_val_samples": 1}
@@ -256,7 +258,7 @@ def kill_at(config: str, tmp_path: Path, name: str, condition) -> None:
     [
         # mid-epoch, Adam kept over epochs, from the snapshot of a few updates before
         (
-            {"reset_optimizer": False, "save_every_steps": 2, "feedback_mode": "pause_curriculum"},
+            {"reset_optimizer": False, "save_every_steps": 2, "log_every": 1, "feedback_mode": "pause_curriculum"},
             lambda rs: sum(r["event"] == "step" for r in rs) == 9,
         ),
         # between the end of an epoch's training and its validation, stock optimizer reset
@@ -305,8 +307,11 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(make, tmp_pa
     assert "Nothing left to train: 3 of 3 epochs are done" in capsys.readouterr().out
 
 
-def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypatch):
-    forward = run.Coconut.forward
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypatch, optimizer):
+    """Also where it is noticed only updates later: nothing has moved since."""
+    forward, build, built = Coconut.forward, training.build_optimizer, []
+    monkeypatch.setattr(training, "build_optimizer", lambda *args: built.append(build(*args)) or built[-1])
     calls = []
 
     def poisoned(self, *args, **kwargs):
@@ -314,15 +319,18 @@ def test_a_nonfinite_loss_stops_before_the_step(make, tmp_path, capsys, monkeypa
         calls.append(self.training)
         return out._replace(loss=out.loss * math.nan) if len(calls) == 4 else out
 
-    monkeypatch.setattr(run.Coconut, "forward", poisoned)
-    steps = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
-    assert run.main([make("nan")]) == 1
-    assert len(steps) == 3
+    config = make("nan", optimizer=optimizer, log_every=5)
+    assert run.main([config, "name=three", "max_steps=3"]) == 0
+    monkeypatch.setattr(Coconut, "forward", poisoned)
+    assert run.main([config]) == 1
+    three, stopped = ([p for group in o.param_groups for p in group["params"]] for o in built)
+    assert len(three) > 10 and all(torch.equal(a, b) for a, b in zip(three, stopped))
+    assert len(calls) == (5 if optimizer == "adamw" else 4), "fused AdamW is asked later, SGD at once"
     error = capsys.readouterr().err
     assert "is not finite at epoch 0, update 3; no step was taken" in error
     saved = torch.load(tmp_path / "runs/nan/nonfinite_batch_rank0", weights_only=True)
     assert saved["step"] == 3 and saved["batches"][0]["input_ids"].shape[0] == 8 and len(saved["batches"][0]["idx"]) == 8
+    assert [r["train/step"] for r in records(tmp_path, "nan", "step")] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- bad input

@@ -28,7 +28,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import backbones
 from coconut import Coconut
 from dataset import TokenTable, get_dataset, get_question_latent_dataset
-from evaluate import generate_records, has_options, score_options, validate
+from evaluate import generate_records, validate
+from two_choice import has_options, score_options
 from utils import read_jsonl
 
 
@@ -207,8 +208,7 @@ def test_accuracy_of_a_model_that_is_right(make_run, rows, capsys):
     run = make_run(two_choice=False)
     whole = ["".join(step + "\n" for step in row["steps"]) + "### " + row["answer"] for row in rows]
     texts = [whole[i] if i < 6 else "### " + row["answer"] if i < 8 else "" for i, row in enumerate(rows)]
-    scripted = Scripted(run.tokenizer, texts)
-    run.model.generate, run.config = scripted.generate, run.config.model_copy(update={"max_new_tokens": 100})
+    run.model, run.config = Scripted(run.tokenizer, texts), run.config.model_copy(update={"max_new_tokens": 100})
     summary = validate(run, 3, None)
     out = capsys.readouterr().out
     assert f"Accuracy on validation set: 8 / 11 = {8 / 11}\nCoT match on validation set: 6 / 11 = {6 / 11}\n" in out
@@ -239,13 +239,7 @@ def test_two_choice_without_options_is_the_users_mistake(make_run, rows):
     [("valid.json", {}, 128), ("gsm_valid.json", {}, 64), ("gsm_valid.json", {"max_new_tokens": 7}, 7)],
 )
 def test_how_many_tokens_are_generated(make_run, path, changes, expected):
-    run, asked = make_run(path=path, two_choice=False, **({"max_new_tokens": None} | changes)), []
-    scripted = Scripted(run.tokenizer, [""] * N_ROWS)
-
-    def generate(**batch):
-        asked.append(batch["max_new_tokens"])
-        return scripted.generate(**batch)
-
-    run.model.generate = generate
-    validate(run, 1, None)
-    assert set(asked) == {expected}
+    run = make_run(path=path, two_choice=False, **({"max_new_tokens": None} | changes))
+    run.model = Scripted(run.tokenizer, ["is " * 200] * N_ROWS)
+    summary = validate(run, 1, None)
+    assert summary["eval/gen_tokens"] - summary["n_latents"] == expected
