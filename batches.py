@@ -14,6 +14,8 @@ import numpy as np
 
 from dataset import Lengths, padded_layout
 
+MOST_PADDING = 0.05
+SMALL_WINDOW = 50  # batches
 WINDOW_ROWS, MAX_WINDOWS = 8192, 4
 STRIP_BATCHES = (1, 3, 9, 27, 81)
 MASK_COST = 0.02  # a batch with left padding, whose attention needs a mask, counts as this much wider
@@ -22,16 +24,20 @@ MASK_COST = 0.02  # a batch with left padding, whose attention needs a mask, cou
 def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int, lengths: Lengths | None = None) -> list[np.ndarray]:
     """The batches of one epoch as row numbers: each row once, in an order fixed by (seed, epoch) and the lengths.
 
-    Without `lengths` a plain shuffle. With them (group_by_length) rows of like length meet: the shuffled rows are dealt
-    into windows, each is cut into batches by `_bucketed`, and the batches are shuffled. The one smaller batch is last.
+    Without `lengths` a plain shuffle. With them (group_by_length) rows of like length meet, no more than it takes to pad at
+    most 5 %: a batch of equal lengths is a batch of like problems, and updates of one such batch learn worse from them (see
+    benchmarks/LOG.md). Tried in turn, on the shuffled rows:
 
-    More windows mean more padding and batches that differ more from epoch to epoch. One window of a large file would form
-    nearly the same batches every epoch, and small windows hold too few rows of one length; so there are up to MAX_WINDOWS,
-    of WINDOW_ROWS rows or more. Files of less than twice that are one window: it takes all rows to pad under 5 %.
+    1. windows of 50 batches, each sorted by prefix: what follows the question stays mixed;
+    2. windows as large as possible, sorted by prefix: up to 4 of 8,192 rows or more, since one window of a large file
+       would form nearly the same batches every epoch;
+    3. the same windows, grouped by prefix and rest (`_bucketed`).
+
+    The batches are shuffled. The one smaller batch is last.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(n_rows)
-    if lengths is None:
+    if lengths is None or n_rows < batch_size:
         return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     # First latents share a column, so prefix and rest add up to a batch's width; without latents only the total counts.
     prefix = np.where(lengths.latents > 0, lengths.prefix, 0)
@@ -40,8 +46,20 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int, lengths: 
     first = rng.integers(n_rows // batch_size + 1) * batch_size  # the smaller batch is of some length, too
     smaller = by_length[first : first + n_rows % batch_size]
     whole = order[np.isin(order, smaller, invert=True)].reshape(-1, batch_size)
-    windows = np.array_split(whole, max(1, min(n_rows // WINDOW_ROWS, MAX_WINDOWS)))
-    batches = np.concatenate([_bucketed(window.ravel(), prefix, rest, batch_size) for window in windows])
+    small = np.split(whole, range(SMALL_WINDOW, len(whole), SMALL_WINDOW))
+    large = np.array_split(whole, max(1, min(n_rows // WINDOW_ROWS, MAX_WINDOWS)))
+
+    def sorted_by_prefix(rows):
+        return rows[np.argsort(lengths.prefix[rows], kind="stable")].reshape(-1, batch_size)
+
+    def bucketed(rows):
+        return _bucketed(rows, prefix, rest, batch_size)
+
+    for windows, cut in ((small, sorted_by_prefix), (large, sorted_by_prefix), (large, bucketed)):
+        batches = np.concatenate([cut(window.ravel()) for window in windows])
+        widths = prefix[batches].max(1) + rest[batches].max(1)
+        if lengths.total[batches].sum() >= (1 - MOST_PADDING) * widths.sum() * batch_size:
+            break
     return [*rng.permutation(batches), *([smaller] if len(smaller) else [])]
 
 

@@ -206,17 +206,18 @@ class Coconut(nn.Module):
         """
         plan = plan or self.plan(input_ids, attention_mask, position_ids, row_ids=row_ids)
         n_columns = input_ids.shape[1]
+        # Compiled passes can't append in place under autograd, but can concatenate; with one kind of mask they are fewer.
+        compiled = self.compiled and self.training
         if len(plan.passes) > 1 and cache is None:
-            # Compiled code can't append in place under autograd; the library's cache, which concatenates, it can.
-            config, in_place = self.base_causallm.config, not (self.compiled and self.training)
-            cache = append_cache(config, n_columns) if in_place else DynamicCache(config=config)
+            config = self.base_causallm.config
+            cache = DynamicCache(config=config) if compiled else append_cache(config, n_columns)
         positions_BT = position_ids
-        if plan.usual_positions and attention_mask is not None and (plan.left_padded or position_ids is None):
+        if plan.usual_positions and attention_mask is not None and (plan.left_padded or position_ids is None or compiled):
             positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0)
         elif plan.usual_positions:
             limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or n_columns
             positions_BT = torch.arange(n_columns, device=input_ids.device).clamp(max=limit - 1)[None]
-        mask_BT, bias = attention_mask if plan.left_padded else None, None
+        mask_BT, bias = attention_mask if plan.left_padded or compiled else None, None
         if mask_BT is not None and takes_bias(self.base_causallm):
             bias = attention_bias(mask_BT, 0, compute_dtype(self.embedding.weight))
 
@@ -232,6 +233,8 @@ class Coconut(nn.Module):
             seen = mask_BT if bias is None else bias[:, :, pass_.start : pass_.stop]
             seen = None if seen is None else seen[..., : pass_.stop]
             positions_BC = positions_BT[:, pass_.start : pass_.stop]
+            if compiled:  # whose code is made anew for other strides
+                seen, positions_BC = (None if x is None else x.clone() for x in (seen, positions_BC))
             x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, seen, positions_BC, cache, edit)
             state_of |= {column: h_BCD[:, column - pass_.start] for column in read if pass_.start <= column < pass_.stop}
             end = pass_.stop

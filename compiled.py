@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 PREFIX_MULTIPLE = 64  # columns to which prefix and width of a batch are rounded up while compiled
-N_ROWS, N_QUESTION, N_THOUGHTS, N_ANSWER = 2, 6, 2, 3  # the trial batch
+KINDS = 32  # of passes: a prefix, a thought, a last one, each again for a single row, for another type of input ...
+N_ROWS, N_QUESTION, N_THOUGHTS, N_ANSWER = 5, 11, 3, 7  # the trial batch; equal sizes would be taken for the same one
 
 
 def compile_passes(model, precision=None, backend: str = "inductor") -> str | None:
@@ -36,6 +37,7 @@ def compile_passes(model, precision=None, backend: str = "inductor") -> str | No
             model.train()
             eager = _loss_and_norm(model, batch, precision)
             cuda = model.embedding.weight.device.type == "cuda"
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
             base.compile(backend=backend, dynamic=True, **({"options": {"triton.cudagraphs": True}} if cuda else {}))
             model.compiled = True
             fast = _loss_and_norm(model, batch, precision)
@@ -67,7 +69,7 @@ def _autocast_dtype(model, precision):
 
 
 def _trial_batch(model) -> dict[str, torch.Tensor]:
-    """Two rows of arbitrary tokens, one with padding on the left, both with thoughts where the model has any."""
+    """Rows of arbitrary tokens, the first with padding on the left, both with thoughts where the model has any."""
     vocabulary, latent = model.embedding.weight.shape[0], model.latent_token_id
     n = 0 if latent is None else N_THOUGHTS
     width = N_QUESTION + n + N_ANSWER

@@ -1,6 +1,7 @@
 """What all tests share: one thread, the repository root on the import path, the official data files."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,3 +21,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of official data files, ../shared/data, is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """44 training and 11 validation rows: the last micro-batch is short, and so is the last update."""
+    folder = tmp_path_factory.mktemp("data")
+    command = [sys.executable, "data/two_chain.py", "--out", str(folder), "--sizes", "44", "11", "2"]
+    subprocess.run([*command, "--hops", "2", "3", "--nodes", "6", "8", "--species", "12"], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, small_data):
+    """`write_config` of the small data."""
+    from run_material import write_config
+
+    return lambda name, **changes: write_config(tmp_path, small_data, name, **changes)

@@ -12,49 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
 import run
 import training
 from coconut import Coconut
-
-BASE = {
-    "model_id": str(ROOT / "backbones/prosqa_tiny"),
-    "from_scratch": True,
-    "coconut": True,
-    "c_thought": 1,
-    "epochs_per_stage": 1,
-    "max_latent_stage": 2,
-    "batch_size_training": 8,
-    "num_epochs": 3,
-    "max_new_tokens": 12,
-    "lr": 1e-3,
-    "reset_optimizer": True,
-    "wandb": False,
-}
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> Path:
-    """44 training and 11 validation rows: the last micro-batch is short, and so is the last update."""
-    folder = tmp_path_factory.mktemp("data")
-    command = [sys.executable, "data/two_chain.py", "--out", str(folder), "--sizes", "44", "11", "2"]
-    subprocess.run([*command, "--hops", "2", "3", "--nodes", "6", "8", "--species", "12"], cwd=ROOT, check=True)
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path, small_data):
-    """Write a YAML of `BASE` with changes; returns its path."""
-
-    def write(name: str, **changes) -> str:
-        data = {"train_path": str(small_data / "prosqa_train.json"), "val_path": str(small_data / "prosqa_valid.json")}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(BASE | data | {"save_path": str(tmp_path / "runs"), "name": name} | changes))
-        return str(path)
-
-    return write
 
 
 def torchrun(n: int, *args: str, **kwargs) -> subprocess.CompletedProcess:

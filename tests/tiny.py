@@ -19,21 +19,21 @@ FAMILIES = ("gpt2", "llama", "qwen2")
 MODES = ("continuous", "frozen", "learned_shared", "pause_curriculum")
 
 
-def build(name: str, vocab: int = 60, positions: int = 96, seed: int = 0, dtype=torch.float64):
-    """A random 3-layer model of width 16: "gpt2" (tied), "llama" (untied, grouped queries) or "qwen2" (tied)."""
+def build(name: str, vocab: int = 60, positions: int = 96, seed: int = 0, dtype=torch.float64, layers: int = 3):
+    """A random model of width 16: "gpt2" (tied), "llama" (untied, grouped queries) or "qwen2" (tied)."""
     common = {"vocab_size": vocab, "bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
     wide = common | {
         "max_position_embeddings": positions,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "attention_dropout": 0.0,
     }
     off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = {
-        "gpt2": lambda: GPT2Config(n_positions=positions, n_embd=16, n_layer=3, n_head=4, **off, **common),
+        "gpt2": lambda: GPT2Config(n_positions=positions, n_embd=16, n_layer=layers, n_head=4, **off, **common),
         "llama": lambda: LlamaConfig(tie_word_embeddings=False, **wide),
         "qwen2": lambda: Qwen2Config(tie_word_embeddings=True, **wide),
     }[name]()

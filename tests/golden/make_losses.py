@@ -17,7 +17,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
 import torch  # noqa: E402
-from test_run import BASE  # noqa: E402
+from run_material import BASE  # noqa: E402
 
 import run  # noqa: E402
 
