@@ -1,0 +1,123 @@
+"""What a run reports while it trains, and the keys that change its speed and not its numbers."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import run
+import training
+from accounting import PHASES
+from optimizers import build_optimizer, can_skip
+from utils import Config
+
+
+def records(tmp_path, name, event):
+    lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["event"] == event]
+
+
+def losses(tmp_path, name):
+    return [r["train/loss"] for r in records(tmp_path, name, "step")]
+
+
+def test_every_update_is_logged_whatever_log_every(make, tmp_path):
+    for every in (1, 4, 100):
+        assert run.main([make(f"every-{every}", log_every=every, num_epochs=2)]) == 0
+        speed = records(tmp_path, f"every-{every}", "speed")
+        assert [r["updates"] for r in speed if r["epoch"] == 0] == {1: [1] * 6, 4: [4, 2], 100: [6]}[every]
+    assert losses(tmp_path, "every-1") == losses(tmp_path, "every-4") == losses(tmp_path, "every-100")
+    assert len(losses(tmp_path, "every-4")) == 12
+
+
+def test_where_the_time_goes_and_what_the_work_was(make, tmp_path, capsys):
+    assert run.main([make("m3", num_epochs=2, group_by_length=True, peak_tflops=1.0, log_every=3)]) == 0
+    first, second = records(tmp_path, "m3", "train_epoch")
+    work = {"data", "suffix+head", "backward", "optimizer"}
+    assert set(first["phases"]) >= work and not set(first["phases"]) & {"prefix", "thoughts"}, "stage 0 is one pass"
+    assert set(second["phases"]) >= work | {"prefix"} and set(second["phases"]) <= set(PHASES)
+    for epoch, record in enumerate((first, second)):
+        parts = [r for r in records(tmp_path, "m3", "speed") if r["epoch"] == epoch]
+        assert record["flops"] == pytest.approx(sum(r["flops"] for r in parts)) and record["flops"] > 1e8
+        assert record["mfu"] == pytest.approx(record["tflops_per_s"]) and 0 < record["mfu"] < 1
+        assert record["tokens_per_s"] * record["seconds"] == pytest.approx(
+            sum(r["tokens_per_s"] * r["seconds"] for r in parts), rel=1e-6
+        )
+        assert 0 < record["padded_share"] < 0.3 and 0.05 < record["supervised_share"] < 0.6
+    out = capsys.readouterr().out
+    assert "MFU" in out and "evaluation" in out and "Peak memory" in out
+
+
+def test_max_steps_ends_in_mid_epoch_and_the_run_can_go_on(make, tmp_path, capsys):
+    assert run.main([make("whole")]) == 0
+    config = make("cut")
+    assert run.main([config, "max_steps=8"]) == 0
+    out = capsys.readouterr().out
+    assert "Stopped after max_steps: 8 updates, in epoch 2" in out
+    assert len(losses(tmp_path, "cut")) == 8 and (tmp_path / "runs/cut/last_state").is_file()
+    assert [r["epoch"] for r in records(tmp_path, "cut", "eval")] == [0, 1]
+    assert not (tmp_path / "runs/cut/checkpoint_2").exists()
+    assert run.main([config]) == 0
+    assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
+    whole, cut = (torch.load(tmp_path / "runs" / name / "checkpoint_3", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_max_steps_at_the_end_of_an_epoch_trains_and_evaluates_no_more(make, tmp_path):
+    assert run.main([make("exact"), "max_steps=6"]) == 0
+    assert len(losses(tmp_path, "exact")) == 6 and (tmp_path / "runs/exact/checkpoint_1").is_file()
+    assert [r["epoch"] for r in records(tmp_path, "exact", "eval")] == [0]
+
+
+def test_recomputing_activations_changes_no_number(make, tmp_path):
+    for value in (False, True):
+        assert run.main([make(f"again-{value}", activation_checkpointing=value, num_epochs=3)]) == 0
+    assert losses(tmp_path, "again-True") == pytest.approx(losses(tmp_path, "again-False"), abs=1e-6)
+    assert run.main([make("both", activation_checkpointing=True, compile=True)]) == 2
+
+
+def test_parallel_thoughts_are_named_approximate_and_are_exact_with_enough_iterations(make, tmp_path, capsys):
+    said = {}
+    for iterations in (None, 1, 2):
+        assert run.main([make(f"T-{iterations}", latent_iterations=iterations)]) == 0
+        said[iterations] = capsys.readouterr().out.count("approximate thoughts: 1 parallel iterations")
+    assert said == {None: 0, 1: 1, 2: 0}, "at two latents one iteration is not enough"
+    exact, one, two = (losses(tmp_path, f"T-{iterations}") for iterations in (None, 1, 2))
+    assert two == pytest.approx(exact, abs=2e-4)
+    assert one[:12] == pytest.approx(exact[:12], abs=2e-4) and max(abs(a - b) for a, b in zip(one[12:], exact[12:])) > 1e-3
+    config = json.loads((tmp_path / "runs/T-1/state_3").read_text())["config"]
+    assert config["latent_iterations"] == 1
+    assert run.main([make("pause", feedback_mode="frozen", latent_iterations=2)]) == 2
+    assert "latent_iterations: needs coconut: True and feedback_mode: continuous" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, skips", [("adamw", True), ("sgd", False)])
+def test_an_optimizer_that_can_skip_leaves_everything_as_it_is(name, skips):
+    config = Config(name="x", save_path="x", val_path="x", coconut=True, optimizer=name, lr=0.1)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, config)
+    assert can_skip(optimizer) == skips
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = str(optimizer.state_dict())
+    if skips:
+        model.weight.grad.fill_(math.nan)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert str(optimizer.state_dict()) == state
+        optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert not torch.equal(before["bias"], model.bias)
+
+
+def test_batches_are_made_for_each_rank_in_turn():
+    from utils import World
+
+    groups = [["a", "b", "c", "d"], ["e", "f", "g"]]
+    device = torch.device("cpu")
+    mine = [list(training.micro_batches(groups, range(2), World(rank, 2, device))) for rank in (0, 1)]
+    assert mine == [["a", "c", "e", "g"], ["b", "d", "f", "e"]], "a rank with none left repeats the first of the group"
