@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measure the speed ratios of benchmarks/bench.py and write benchmarks/cpu.* or gpu.* (JSON and a table).
+# Measure the speed ratios on the CPU (see benchmarks/bench.py) and write benchmarks/cpu.json and cpu.md; about 13 minutes.
 #   bash scripts/bench.sh [--quick] [--out DIR] [--help]
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
 . "$(dirname "$0")/setup.sh"
-exec "$PYTHON" benchmarks/bench.py "$@"
+exec "$PYTHON" -m benchmarks.bench "$@"
