@@ -43,7 +43,8 @@ def compile_passes(model, precision=None, backend: str = "inductor") -> str | No
             fast = _loss_and_norm(model, batch, precision)
             _loss_and_norm(model, batch, precision)  # replayed
         except Exception as error:  # a compiler fails in more ways than can be listed, and training must go on
-            return _undo(model, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
+            uncompile(model)
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         finally:
             for module, rate in zip(dropouts, rates):
                 module.p = rate
@@ -51,15 +52,16 @@ def compile_passes(model, precision=None, backend: str = "inductor") -> str | No
             model.zero_grad(set_to_none=True)
     tolerance = 0.05 if torch.bfloat16 in (model.embedding.weight.dtype, _autocast_dtype(model, precision)) else 0.01
     if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(eager, fast)):
-        return _undo(model, f"loss and gradient norm {fast} differ from {eager} of the eager passes")
+        uncompile(model)
+        return f"loss and gradient norm {fast} differ from {eager} of the eager passes"
     return None
 
 
-def _undo(model, reason: str) -> str:
+def uncompile(model) -> None:
+    """Back to eager passes."""
     model.base_causallm.base_model._compiled_call_impl = None
     model.compiled = False
     torch.compiler.reset()
-    return reason
 
 
 def _autocast_dtype(model, precision):

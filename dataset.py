@@ -82,7 +82,8 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
     """Tokenise a file once, in pieces, through the `datasets` library's cache.
 
     Returns a `datasets.Dataset` with `question_tokenized` (with the tokenizer's own special tokens), `steps_tokenized`,
-    `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces) and `idx`.
+    `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces; looked at
+    in the first thousand rows, which costs as much again) and `idx`.
     """
     from datasets import Dataset, Features, List, Value  # pandas and pyarrow: --help and errors need not wait for them
     from datasets.exceptions import DatasetGenerationError
@@ -122,18 +123,15 @@ def _tokenized_rows(path: str, max_size: int | None, tokenizer) -> Iterator[dict
         questions = _encode(tokenizer, [row["question"] + "\n" for row in batch], add_special_tokens=True)
         answers = _encode(tokenizer, ["### " + row["answer"] for row in batch])
         steps = iter(_encode(tokenizer, [step + "\n" for row in batch for step in row["steps"]]))
-        wholes = _encode(
-            tokenizer,
-            ["\n".join([row["question"], *row["steps"], "### " + row["answer"]]) for row in batch],
-            add_special_tokens=True,
-        )
+        texts = ["\n".join([row["question"], *row["steps"], "### " + row["answer"]]) for row in batch if start == 0]
+        wholes = _encode(tokenizer, texts, add_special_tokens=True) if texts else [None] * len(batch)
         for i, (row, question, answer, whole) in enumerate(zip(batch, questions, answers, wholes)):
             row_steps = [next(steps) for _ in row["steps"]]
             yield {
                 "question_tokenized": question,
                 "steps_tokenized": row_steps,
                 "answer_tokenized": [*answer, tokenizer.eos_token_id],
-                "merges": [*question, *chain.from_iterable(row_steps), *answer] != whole,
+                "merges": whole is not None and [*question, *chain.from_iterable(row_steps), *answer] != whole,
                 "idx": start + i,
             }
 

@@ -1,18 +1,25 @@
-"""Loss and accuracy as per-example records, batched, and sharded exactly over ranks: every row once, whatever the world.
+"""Loss, accuracy and two-choice scores as per-example records, batched, and sharded exactly over ranks.
 
-Three questions are asked of a model on a set of rows:
-- `evaluate_loss`: mean cross-entropy over all labelled tokens of the stage's training form;
-- `generate_records`: greedy continuation, answer after the last `#`, exact match (Coconut arXiv 2412.06769, section 4.1);
-- `score_options`: for rows that name two options, which has the larger probability after the model's own steps.
+`evaluate` asks three questions about a set of rows, each row once, whatever the number of ranks: the mean cross-entropy of
+the stage's training form, a greedy continuation with its answer after the last `#` (exact match: Coconut arXiv 2412.06769,
+section 4.1), and which of two options has the larger probability. One rollout over a row's prompt serves all three:
+
+    prompt | gold continuation      loss; taken off the cache again
+           | own continuation       decoded together with other rows; rows that are done make room for the next prompts
+           | own steps | option     twice, with what the model said behind its steps hidden
+
+    records, loss = evaluate(model, prompts, rows, tokenizer, 32, 64, world, gold=training_rows, two_choice=True)
 """
 
 import json
 import sys
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from coconut import Coconut
@@ -26,14 +33,109 @@ from dataset import (
     get_question_latent_dataset,
     question_hash,
 )
+from generation import Decoding, Row, decoded
+from two_choice import score_decoded, score_options, wants_two_choice
 from utils import World, whole_file
 
 
 def shard_batches(sizes: np.ndarray, batch_size: int, world: World) -> list[list[int]]:
     """This rank's batches of row numbers: rows sorted by size, cut into batches, dealt out in turn."""
     order = np.lexsort(np.atleast_2d(sizes)).tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return batches[world.rank :: world.size]
+    return _cut(order, batch_size)[world.rank :: world.size]
+
+
+def _cut(numbers: list[int], batch_size: int) -> list[list[int]]:
+    return [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+
+
+# ---------------------------------------------------------------- all three questions
+
+
+@torch.no_grad()
+def evaluate(
+    model: Coconut,
+    prompts: StageDataset,
+    rows: list[dict],
+    tokenizer,
+    batch_size: int,
+    max_new_tokens: int,
+    world: World,
+    precision: AbstractContextManager | None = None,
+    *,
+    gold: StageDataset | None = None,
+    two_choice: bool = False,
+    edit=None,
+) -> tuple[list[dict], float | None]:
+    """Records of all rows, on every rank and in the order of the rows, and with `gold` the loss in nats per labelled token.
+
+    Fields of a record: idx, question_hash, n_steps (of the gold), gold, prediction (None without `#`), correct,
+    numerically_equal, cot_match, output (the continuation), n_latents, generated_tokens (latents and new tokens, without
+    markers and EOS), and with `two_choice` those of `score_options`.
+
+    `gold` are the rows in their training form. A row whose training form does not begin with its prompt (another number of
+    latents) gets its loss from a rollout of its own.
+
+    An `edit` acts on each prompt once, for all questions, and on all that follows. Passes behind the prompt have no slots,
+    and hold rows that began at different times: `pass_.row_ids` says which; such a pass's index and columns say nothing
+    about a row. An edit that keeps count or draws noise therefore depends on `batch_size`, and meets another number of
+    passes here than in `evaluate_loss`.
+    """
+    lengths, collate = prompts.lengths(), MyCollator(tokenizer, prompts.latent_id, left=True)
+    batches = shard_batches(np.stack([lengths.total, lengths.latents]), batch_size, world)
+    waiting = deque(i for batch in batches for i in batch)
+    bar = tqdm(total=len(waiting), desc="Test Accuracy", disable=None if world.is_main else True, leave=False)
+    records, losses, apart = [], [], []
+
+    def begin(n_free: int) -> Decoding:
+        """Prefill the next prompts. They have one number of latents, so that they end in one column."""
+        numbers = [waiting.popleft()]
+        while waiting and len(numbers) < n_free and lengths.latents[waiting[0]] == lengths.latents[numbers[0]]:
+            numbers.append(waiting.popleft())
+        batch = [prompts[i] for i in numbers]
+        tails = [] if gold is None else [_tail(gold[row["idx"]], row) for row in batch]
+        room = max(map(len, tails), default=0)
+        batch = collate(batch)
+        row_ids = batch.pop("idx").tolist()
+        decoding, _ = Decoding.prefill(model, **batch, max_new_tokens=max_new_tokens, room=room, edit=edit, row_ids=row_ids)
+        if room and decoding.movable:
+            losses.append(_tail_losses(decoding, tails))
+        apart.extend(i for i, tail in zip(numbers, tails) if not (len(tail) and decoding.movable))
+        return decoding
+
+    with precision or nullcontext():
+        for decoding, done in decoded(waiting, begin, batch_size):
+            own = [decoding.rows[b] for b in done]
+            made = [_record(rows[row.row_id], row, int(lengths.latents[row.row_id]), tokenizer) for row in own]
+            if two_choice:
+                asked = [rows[row.row_id] for row in own]
+                if decoding.movable:
+                    scores = score_decoded(decoding.select(done), asked, tokenizer)
+                else:
+                    given = [prompts[row.row_id] for row in own], [row.new_ids for row in own]
+                    scores = score_options(model, asked, *given, tokenizer, edit)
+                made = [record | score for record, score in zip(made, scores)]
+            records += made
+            bar.update(len(made))
+            bar.set_description(f"Test accuracy: {np.mean([r['correct'] for r in records]):.2f}")
+        if apart:
+            apart = [apart[i] for i in np.argsort(gold.lengths(apart).total, kind="stable")]
+            collate = MyCollator(tokenizer, prompts.latent_id)
+            losses += _rollout_losses(model, gold, collate, _cut(apart, batch_size), world, edit)
+    bar.close()
+    loss = None
+    if gold is not None:
+        loss = _mean(losses, world)
+        world.print(f"eval loss {loss}")
+    correct, matches = (sum(r[key] for r in records) for key in ("correct", "cot_match"))
+    print(f"Device {world.rank}: Cor={correct}, CoT={matches}, Total={len(records)}", flush=True)
+    records = sorted(world.gather(records), key=lambda record: record["idx"])
+    assert [r["idx"] for r in records] == list(range(len(prompts))), "each row must be evaluated exactly once"
+    return records, loss
+
+
+def generate_records(*args, **options) -> list[dict]:
+    """The records of `evaluate`, which takes the same arguments."""
+    return evaluate(*args, **options)[0]
 
 
 @torch.no_grad()
@@ -46,72 +148,61 @@ def evaluate_loss(
     precision: AbstractContextManager | None = None,
     edit=None,
 ) -> float:
-    """Cross-entropy in nats per labelled token over all rows and ranks."""
-    total, tokens = 0.0, 0
-    for batch_rows in shard_batches(rows.lengths().total, batch_size, world):
-        batch = collate([rows[i] for i in batch_rows])
+    """Cross-entropy in nats per labelled token over all rows (in their training form) and ranks, by whole rollouts."""
+    batches = shard_batches(rows.lengths().total, batch_size, world)
+    with precision or nullcontext():
+        return _mean(_rollout_losses(model, rows, collate, batches, world, edit), world)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def _tail(gold: dict, prompt: dict) -> np.ndarray:
+    """What a training row has behind its prompt: tokens and labels, [n, 2]; [0, 2] where it does not begin with it."""
+    n = len(prompt["input_ids"])
+    begins = np.array_equal(gold["input_ids"][:n], prompt["input_ids"]) and (gold["labels"][:n] == -100).all()
+    return np.stack([gold["input_ids"], gold["labels"]], 1)[n if begins else len(gold["labels"]) :]
+
+
+def _tail_losses(decoding: Decoding, tails: list[np.ndarray]) -> Tensor:
+    """Cross-entropy [N] at the labels of these continuations, right behind a prefill."""
+    hidden_BCD = decoding.states_behind([tail[:, 0].tolist() for tail in tails])
+    hidden_BCD = torch.cat([decoding.state_BD[:, None], hidden_BCD], 1)  # the first one is predicted by the prompt
+    labels_BC = torch.full(hidden_BCD.shape[:2], -100)
+    for labels_C, tail in zip(labels_BC, tails):
+        labels_C[1 : 1 + len(tail)] = torch.from_numpy(tail[:, 1])
+    return decoding.model.label_losses(hidden_BCD, labels_BC.to(hidden_BCD.device))[0]
+
+
+def _rollout_losses(
+    model: Coconut, rows: StageDataset, collate: MyCollator, batches: list[list[int]], world: World, edit
+) -> list[Tensor]:
+    """Cross-entropy [N] at the labels of each batch of training rows, by rollouts."""
+    losses = []
+    for numbers in batches:
+        batch = collate([rows[i] for i in numbers])
         row_ids, labels = batch.pop("idx").tolist(), batch.pop("labels").to(world.device)
         batch = {key: value.to(world.device) for key, value in batch.items()}
-        with precision or nullcontext():
-            hidden_BTD = model.rollout(**batch, edit=edit, row_ids=row_ids).hidden_BTD
-            loss_N, _ = model.label_losses(hidden_BTD, labels)
-        total, tokens = total + loss_N.cpu().double().sum().item(), tokens + len(loss_N)
+        hidden_BTD = model.rollout(**batch, edit=edit, row_ids=row_ids).hidden_BTD
+        losses.append(model.label_losses(hidden_BTD, labels)[0])
+    return losses
+
+
+def _mean(losses: list[Tensor], world: World) -> float:
+    """Their mean over all ranks, summed up in float64."""
+    total, tokens = sum(loss_N.cpu().double().sum().item() for loss_N in losses), sum(map(len, losses))
     total, tokens = world.sum(total, tokens)
     return total / max(tokens, 1)
 
 
-def generate_records(
-    model: Coconut,
-    prompts: StageDataset,
-    rows: list[dict],
-    tokenizer,
-    batch_size: int,
-    max_new_tokens: int,
-    world: World,
-    precision: AbstractContextManager | None = None,
-    two_choice: bool = False,
-    edit=None,
-) -> list[dict]:
-    """One record a row, on every rank, in the order of the rows.
-
-    Fields: idx, question_hash, n_steps (of the gold), gold, prediction (None without `#`), correct, numerically_equal,
-    cot_match, output (the continuation), n_latents, generated_tokens (latents and new tokens, without markers and EOS),
-    and with `two_choice` those of `score_options`.
-    """
-    lengths = prompts.lengths()
-    collate = MyCollator(tokenizer, prompts.latent_id, left=True)
-    records = []
-    batches = shard_batches(np.stack([lengths.total, lengths.latents]), batch_size, world)
-    bar = tqdm(batches, desc="Test Accuracy", disable=None if world.is_main else True, leave=False)
-    for batch_rows in bar:
-        prompt_rows = [prompts[i] for i in batch_rows]
-        batch = {key: value.to(world.device) for key, value in collate(prompt_rows).items() if key != "idx"}
-        with precision or nullcontext():
-            ids_BT = model.generate(**batch, max_new_tokens=max_new_tokens, edit=edit, row_ids=batch_rows)
-        new_ids = [_before(row, model.eos_token_id) for row in ids_BT[:, batch["input_ids"].shape[1] :].tolist()]
-        made = [_record(rows[i], i, new, int(lengths.latents[i]), tokenizer) for i, new in zip(batch_rows, new_ids)]
-        if two_choice:
-            with precision or nullcontext():
-                scores = score_options(model, [rows[i] for i in batch_rows], prompt_rows, new_ids, tokenizer, world, edit)
-            made = [record | score for record, score in zip(made, scores)]
-        records += made
-        bar.set_description(f"Test accuracy: {np.mean([r['correct'] for r in records]):.2f}")
-    correct, matches = (sum(r[key] for r in records) for key in ("correct", "cot_match"))
-    print(f"Device {world.rank}: Cor={correct}, CoT={matches}, Total={len(records)}", flush=True)
-    records = sorted(world.gather(records), key=lambda record: record["idx"])
-    assert [r["idx"] for r in records] == list(range(len(prompts))), "each row must be evaluated exactly once"
-    return records
+# ---------------------------------------------------------------- records
 
 
-def _before(ids: list[int], stop: int) -> list[int]:
-    return ids[: ids.index(stop)] if stop in ids else ids
-
-
-def _record(row: dict, idx: int, new_ids: list[int], n_latents: int, tokenizer) -> dict:
-    output = tokenizer.decode(new_ids, skip_special_tokens=True)
+def _record(row: dict, own: Row, n_latents: int, tokenizer) -> dict:
+    output = tokenizer.decode(own.new_ids, skip_special_tokens=True)
     gold, prediction = clean_answer(row["answer"]), extract_answer(output)
     return {
-        "idx": idx,
+        "idx": own.row_id,
         "question_hash": question_hash(row),
         "n_steps": len(row["steps"]),
         "gold": gold,
@@ -121,7 +212,7 @@ def _record(row: dict, idx: int, new_ids: list[int], n_latents: int, tokenizer) 
         "cot_match": extract_steps(output) == "\n".join(row["steps"]).strip(),
         "output": output,
         "n_latents": n_latents,
-        "generated_tokens": n_latents + len(new_ids),
+        "generated_tokens": n_latents + len(own.new_ids),
     }
 
 
@@ -130,80 +221,6 @@ def _same_number(a: str, b: str) -> bool:
         return float(a) == float(b)
     except ValueError:
         return a == b
-
-
-# ---------------------------------------------------------------- two choices
-
-
-def has_options(row: dict) -> bool:
-    """Whether a row names a right and a wrong option by node (ProsQA)."""
-    return all(key in row for key in ("idx_to_symbol", "root", "target", "neg_target"))
-
-
-def wants_two_choice(config, rows: list[dict]) -> bool:
-    """Whether options are to be scored: as the config says, by default where every row has them."""
-    possible = all(map(has_options, rows))
-    if config.two_choice is True and not possible:
-        raise ValueError(f"two_choice: rows of {config.val_path} name no two options (root, target, neg_target); set auto")
-    return possible and config.two_choice is not False
-
-
-@torch.no_grad()
-def score_options(
-    model: Coconut, rows: list[dict], prompts: list[dict], new_ids: list[list[int]], tokenizer, world: World, edit=None
-) -> list[dict]:
-    """Two-choice scores after each row's own generated steps, `### Name is a`.
-
-    An option's score is the summed log-probability of its pieces; pieces that both options begin with cancel. Returns
-    margin (log P(target) - log P(wrong), nats), two_choice_correct, two_choice_ce (nats; log 2 is a coin) for each row;
-    all None where prompt and answer exceed the model's positions. Own steps are cut to what fits.
-    """
-    max_positions = getattr(model.base_causallm.config, "max_position_embeddings", None) or sys.maxsize
-    sequences, scored = [], []
-    for row, prompt, new in zip(rows, prompts, new_ids):
-        symbols = row["idx_to_symbol"]
-        answers = [
-            tokenizer.encode(f"### {symbols[row['root']]} is a {symbols[row[option]]}.", add_special_tokens=False)
-            for option in ("target", "neg_target")
-        ]
-        shared = next(i for i, (a, b) in enumerate(zip(*answers)) if a != b)
-        room = max_positions - len(prompt["input_ids"]) - max(map(len, answers))
-        if room < 0:
-            continue
-        scored.append(prompt["idx"])
-        own_steps = _own_steps(new, tokenizer)[:room]
-        for answer in answers:
-            ids = np.concatenate([prompt["input_ids"], np.array([*own_steps, *answer], dtype=np.int64)])
-            labels = np.full(len(ids), -100)
-            labels[len(ids) - len(answer) + shared :] = answer[shared:]
-            sequences.append({"input_ids": ids, "labels": labels})
-    margins = {}
-    if sequences:
-        batch = MyCollator(tokenizer, model.latent_token_id)(sequences)
-        batch = {key: value.to(world.device) for key, value in batch.items()}
-        labels = batch.pop("labels")
-        hidden_BTD = model.rollout(**batch, edit=edit, row_ids=np.repeat(scored, 2).tolist()).hidden_BTD
-        loss_N, row_N = model.label_losses(hidden_BTD, labels)
-        logp_B = torch.zeros(len(sequences), dtype=torch.float64).index_add_(0, row_N.cpu(), -loss_N.cpu().double())
-        margins = dict(zip(scored, (logp_B[0::2] - logp_B[1::2]).tolist()))
-    return [_scores(margins.get(prompt["idx"])) for prompt in prompts]
-
-
-def _scores(margin: float | None) -> dict:
-    known = margin is not None
-    return {
-        "margin": margin,
-        "two_choice_correct": margin > 0 if known else None,
-        "two_choice_ce": float(np.logaddexp(0, -margin)) if known else None,
-    }
-
-
-def _own_steps(new_ids: list[int], tokenizer) -> list[int]:
-    """The generated tokens before the first that holds a `#`; all of them and a newline where none does."""
-    for i, token in enumerate(new_ids):
-        if "#" in tokenizer.decode([token]):
-            return new_ids[:i]
-    return [*new_ids, *tokenizer.encode("\n", add_special_tokens=False)] if new_ids else []
 
 
 # ---------------------------------------------------------------- summary
@@ -239,27 +256,22 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
     """
     config, world, started = run.config, run.world, time.time()
     stage = config.stage(epoch)
-    batch_size = config.eval_batch_size or config.batch_size_training
     was_training = run.model.training
     run.model.eval()
-    summary = {"stage": stage}
-    if with_loss:
-        rows = run.rows(get_cot_latent_dataset, stage, run.val, epoch=epoch)
-        collate = MyCollator(run.tokenizer, run.ids.latent)
-        summary["eval/loss"] = evaluate_loss(run.model, rows, collate, batch_size, world, run.precision())
-        world.print(f"eval loss {summary['eval/loss']}")
     prompts = run.rows(get_question_latent_dataset, stage, run.val)
+    gold = run.rows(get_cot_latent_dataset, stage, run.val, epoch=epoch) if with_loss else None
     max_new_tokens = config.max_new_tokens or (64 if "gsm" in config.val_path else 128)
     two_choice = wants_two_choice(config, run.val_rows)
-    records = generate_records(
-        run.model, prompts, run.val_rows, run.tokenizer, batch_size, max_new_tokens, world, run.precision(), two_choice
+    sizes = config.eval_batch_size or config.batch_size_training, max_new_tokens
+    records, loss = evaluate(
+        run.model, prompts, run.val_rows, run.tokenizer, *sizes, world, run.precision(), gold=gold, two_choice=two_choice
     )
     run.model.train(was_training)
-    summary |= {
-        "n_latents": max(r["n_latents"] for r in records),
-        **summarize(records),
-        "seconds": time.time() - started,
-    }
+    summary = {"stage": stage, "n_latents": max(r["n_latents"] for r in records), **summarize(records)}
+    if with_loss:
+        summary["eval/loss"] = loss
+    seconds = time.time() - started
+    summary |= {"seconds": seconds, "eval/samples_per_s": len(records) / seconds}
     if world.is_main:
         _print_stock_lines(run, prompts, records, summary)
         if records_name is not None:

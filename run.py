@@ -22,7 +22,7 @@ import backbones
 from accounting import Shape, peak_flops
 from checkpoint import Position, RunFolder, build_model, find_checkpoint, read_last_state
 from coconut import Coconut, decoder_blocks
-from compiled import compile_passes
+from compiled import compile_passes, uncompile
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows
 from evaluate import validate, wants_two_choice
 from microbatch import candidates, largest_micro_batch
@@ -135,7 +135,7 @@ def execute(config: Config, world: World) -> None:
 def speed_up(run: Run) -> None:
     """What makes this run fast or small on this machine: recomputation, the micro-batch, compiled passes, and its meter."""
     config, world, base = run.config, run.world, run.model.base_causallm
-    blocks = decoder_blocks(base)
+    blocks = decoder_blocks(base) if config.activation_checkpointing else countable_blocks(base)
     precision = "bf16" if config.bf16 else "tf32" if config.tf32 else "fp32"
     peak = peak_flops(world.device, precision, config.peak_tflops)
     run.meter = Meter(world.device, Shape.of(base, blocks), None if peak is None else peak * world.size)
@@ -150,8 +150,17 @@ def speed_up(run: Run) -> None:
             why_not = compile_passes(run.model, run.precision)
         # One rank that computes differently would be a different model.
         reasons = [reason for reason in world.gather([why_not]) if reason]
-        run.model.compiled = run.model.compiled and not reasons
+        if reasons:
+            uncompile(run.model)
         world.print(f"Note: the passes are not compiled: {reasons[0]}" if reasons else "The passes are compiled")
+
+
+def countable_blocks(base) -> list:
+    """What the FLOPs of a model are counted over: its decoder blocks, or where they can't be told all but embeddings."""
+    try:
+        return list(decoder_blocks(base))
+    except ValueError:
+        return [m for m in base.base_model.children() if not isinstance(m, torch.nn.Embedding)]
 
 
 def choose_micro_batch(run: Run) -> int:
@@ -223,7 +232,8 @@ def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, Token
     for key, table in tables.items():
         if table.merges:
             world.print(
-                f"Note: in {table.merges} of {len(table)} rows of {key} tokens would merge across pieces; pieces are used"
+                f"Note: in {table.merges} of the first {min(len(table), 1000)} rows of {key} tokens would merge across pieces; "
+                "pieces are used"
             )
     return val_rows, tables
 

@@ -4,15 +4,17 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from checkpoint import RunFolder, build_model
-from coconut import Coconut
+from coconut import Coconut, Rollout
 from data import two_chain
 from data.prosqa_rows import draw_rows
 from dataset import TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset
@@ -58,11 +60,14 @@ def prompts_of(run: Run, stage: int):
 
 
 @torch.no_grad()
-def slow_logits(model: Coconut, ids: list[int]) -> torch.Tensor:
-    """[T, V] of one unpadded row, the slow way: a whole uncached pass of the library's model for every thought."""
+def slow_logits(model: Coconut, ids: list[int], n_prompt: int | None = None) -> torch.Tensor:
+    """[T, V] of one unpadded row, the slow way: a whole uncached pass of the library's model for every thought.
+
+    Latent tokens behind the first `n_prompt` are said, not thought.
+    """
     base = model.base_causallm
     embeds_TD = base.get_input_embeddings()(torch.tensor(ids))
-    for column in [t for t, token in enumerate(ids) if token == model.latent_token_id]:
+    for column in [t for t, token in enumerate(ids[:n_prompt]) if token == model.latent_token_id]:
         if model.feedback_mode == "continuous":
             whole = base(inputs_embeds=embeds_TD[None], use_cache=False, output_hidden_states=True)
             embeds_TD[column] = whole.hidden_states[-1][0, column - 1]
@@ -120,27 +125,48 @@ def slow_loss(run: Run, stage: int) -> float:
 
 @torch.no_grad()
 def slow_continuation(run: Run, prompt: list[int], max_new_tokens: int) -> list[int]:
-    ids = list(prompt)
+    ids, model = list(prompt), run.model
     for _ in range(max_new_tokens):
-        token = int(slow_logits(run.model, ids)[-1].argmax())
-        if token == run.tokenizer.eos_token_id:
+        if len(ids) > model.base_causallm.config.max_position_embeddings:
+            break
+        token = int(slow_logits(model, ids, len(prompt))[-1].argmax())
+        if token == model.eos_token_id:
             break
         ids.append(token)
     return ids[len(prompt) :]
 
 
-class Scripted:
-    """A model that says what it is told, one text a row, and EOS behind it."""
+class Scripted(torch.nn.Module):
+    """A model that says what it is told, one text a row, and EOS behind it.
 
-    feedback_mode, training = "none", False
+    A "state" is (row, number of the next token); it is computed from row ids and positions, so whatever leaves or joins
+    a batch must keep these right.
+    """
+
+    feedback_mode = "none"
+    base_causallm = SimpleNamespace(config=GPT2Config(n_layer=0))
 
     def __init__(self, tokenizer, texts: list[str]):
-        self.tokenizer, self.texts, self.eos_token_id = tokenizer, texts, tokenizer.eos_token_id
+        super().__init__()
+        self.eos_token_id, self.n_prompt = tokenizer.eos_token_id, {}
+        self.texts = [[*encoded(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+        self.embedding = torch.nn.Embedding(len(tokenizer), 1)
 
-    def generate(self, input_ids, max_new_tokens, row_ids, **_):
-        new = [self.tokenizer.encode(self.texts[i], add_special_tokens=False)[:max_new_tokens] for i in row_ids]
-        filled_up = [ids + [self.eos_token_id] * (max(map(len, new)) - len(ids)) for ids in new]
-        return torch.cat([input_ids, torch.tensor(filled_up, dtype=torch.long)], 1)
+    def plan(self, input_ids, attention_mask, position_ids, row_ids):
+        self.n_prompt |= dict(zip(row_ids, attention_mask.sum(1).tolist()))
+        return SimpleNamespace(row_ids=row_ids)
+
+    def rollout(self, input_ids, attention_mask, position_ids, plan, cache, edit):
+        return self.extend(input_ids, cache, 0, attention_mask, position_ids, row_ids=plan.row_ids)
+
+    def extend(self, input_ids, cache, start, mask_BT, position_ids, edit=None, row_ids=None):
+        row_BT = torch.tensor(row_ids)[:, None].expand_as(position_ids)
+        number_BT = position_ids + 1 - torch.tensor([[self.n_prompt[i]] for i in row_ids])
+        return Rollout(torch.stack([row_BT, number_BT], 2), self.embedding(input_ids), cache)
+
+    def head(self, states):
+        said = [self.texts[i][k] if k < len(self.texts[i]) else 0 for i, k in states.tolist()]
+        return F.one_hot(torch.tensor(said), self.embedding.num_embeddings)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

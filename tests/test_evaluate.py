@@ -149,6 +149,9 @@ def test_ranks_share_all_records(make_run, rows, capsys, size):
     assert all(len(got) == N_ROWS for got in Ranks(size).each(lambda world: records(world, 50))), "a rank without rows"
 
 
+# ---------------------------------------------------------------------------------------------------- scoring
+
+
 GOLD = {"question": "How many # are there?", "answer": "1,018", "steps": ["<<1000+18=1018>>", "done"]}
 
 

@@ -66,7 +66,7 @@ def slow_margin(model: Coconut, row: dict, prompt: list[int], steps: list[int], 
         text = f"### {symbols[row['root']]} is a {symbols[row[option]]}."
         answer = tokenizer.encode(text, add_special_tokens=False)
         ids = [*prompt, *steps, *answer]
-        logp = slow_logits(model, ids).log_softmax(-1)
+        logp = slow_logits(model, ids, len(prompt)).log_softmax(-1)
         scores.append(sum(logp[len(ids) - len(answer) + j - 1, token].item() for j, token in enumerate(answer)))
     return scores[0] - scores[1]
 
@@ -79,7 +79,7 @@ def test_margins_equal_a_slow_computation(make_run, rows, changes, stage):
     texts = [texts[i % len(texts)].format(*row["steps"][:2], row["answer"]) for i, row in enumerate(rows)]
     prompts = list(prompts_of(run, stage))
     new_ids = [encoded(run.tokenizer, text) for text in texts]
-    scores = score_options(run.model, rows, prompts, new_ids, run.tokenizer, ALONE)
+    scores = score_options(run.model, rows, prompts, new_ids, run.tokenizer)
     for row, prompt, text, score in zip(rows, prompts, texts, scores):
         steps = text.split("#")[0] if "#" in text else text + "\n" if text else ""
         margin = slow_margin(run.model, row, prompt["input_ids"].tolist(), encoded(run.tokenizer, steps), run.tokenizer)
@@ -110,11 +110,20 @@ def test_options_that_begin_alike_and_differ_in_length():
     prompt = [*encoded(tokenizer, "Is Tom?\n"), ids.start, ids.latent, ids.latent, ids.end]
     prompts = [{"input_ids": np.array(prompt), "idx": i} for i in range(len(rows))]
     steps = encoded(tokenizer, "Tom is.\n")
-    scores = score_options(model, rows, prompts, [steps + encoded(tokenizer, "### T")] * len(rows), tokenizer, ALONE)
+    scores = score_options(model, rows, prompts, [steps + encoded(tokenizer, "### T")] * len(rows), tokenizer)
     for i, (row, score) in enumerate(zip(rows, scores)):
         assert score["margin"] == pytest.approx(slow_margin(model, row, prompt, steps, tokenizer), abs=1e-9)
         other = scores[i + 1 if i % 2 == 0 else i - 1]
         assert score["margin"] == pytest.approx(-other["margin"], abs=1e-9), "exchanging the options turns the sign"
+
+
+def test_a_thought_token_that_was_said_is_a_token(make_run, rows):
+    """An untrained model may write the latent token; among own steps it is text."""
+    run, prompts = make_run(), prompts_of(make_run(), 2)
+    steps = [*encoded(run.tokenizer, rows[0]["steps"][0]), run.ids.latent, *encoded(run.tokenizer, "\n")]
+    (score,) = score_options(run.model, rows[:1], [prompts[0]], [steps + encoded(run.tokenizer, "###")], run.tokenizer)
+    margin = slow_margin(run.model, rows[0], prompts[0]["input_ids"].tolist(), steps, run.tokenizer)
+    assert score["margin"] == pytest.approx(margin, abs=1e-9)
 
 
 @pytest.mark.parametrize("liked, sign", [("target", 1), ("neg_target", -1)])
@@ -123,7 +132,7 @@ def test_a_model_that_likes_an_option_is_read_so(make_run, rows, liked, sign):
     head, bias = run.model.head, torch.zeros(len(run.tokenizer), dtype=torch.float64)
     bias[encoded(run.tokenizer, row["idx_to_symbol"][row[liked]])] = 200.0
     run.model.head = lambda hidden: head(hidden) + bias
-    (score,) = score_options(run.model, [row], [prompts_of(run, 1)[0]], [[]], run.tokenizer, ALONE)
+    (score,) = score_options(run.model, [row], [prompts_of(run, 1)[0]], [[]], run.tokenizer)
     assert score["margin"] * sign > 10 and score["two_choice_correct"] is (sign > 0)
     assert (score["two_choice_ce"] < 1e-3) == (sign > 0)
 
@@ -172,6 +181,7 @@ def test_validation_prints_the_stock_lines(make_run, rows, capsys):
     out = capsys.readouterr().out
     assert run.model.training, "left as it was"
     assert (summary["stage"], summary["n_latents"]) == (2, 2)
+    assert summary["eval/samples_per_s"] == pytest.approx(N_ROWS / summary["seconds"])
 
     records = read_jsonl(run.folder.path / "eval_5.jsonl")
     assert len(records) == N_ROWS and sum(r["correct"] for r in records) == summary["correct"]
