@@ -88,12 +88,11 @@ class _Append(torch.autograd.Function):
         buffer, task = ctx.buffer, torch._C._current_graph_task_id()
         if buffer.task != task:  # the first of this backward pass: nothing is left from another one
             buffer.task, buffer.gradient_BHTd = task, None
-        if grad_BHTd is not None:
-            if buffer.gradient_BHTd is None:
-                buffer.gradient_BHTd = grad_BHTd.clone()
-            else:
-                buffer.gradient_BHTd[:, :, : ctx.stop] += grad_BHTd
-        total = buffer.gradient_BHTd
+        later_BHTd = buffer.gradient_BHTd
+        total = grad_BHTd if later_BHTd is None else later_BHTd[:, :, : ctx.stop]
+        if grad_BHTd is not None and later_BHTd is not None:
+            total = total + grad_BHTd
+        buffer.gradient_BHTd = total
         if ctx.start == 0:
             buffer.task = buffer.gradient_BHTd = None
         return None, None if total is None else total[:, :, ctx.start : ctx.stop], None, None
@@ -183,6 +182,25 @@ def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
 
 
 # ---------------------------------------------------------------- masks
+
+
+def visible(model, mask_BT: Tensor | None, start: int = 0) -> Tensor | None:
+    """What a causal LM is to be given as mask for columns `start` .. T-1, of which `mask_BT` says which are real.
+
+    An additive mask [B, 1, T - start, T] where the model takes one as it is: it is made once for all passes, and no pass
+    looks at values on the way, which would wait for the device. Else, and for other attentions, `mask_BT`.
+    """
+    if mask_BT is None or not takes_bias(model):
+        return mask_BT
+    embeds = model.get_input_embeddings().weight
+    return attention_bias(mask_BT, start, compute_dtype(embeds))
+
+
+def visible_to(seen: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """The part of `visible(model, mask_BT)` for the columns of one pass."""
+    if seen is None:
+        return None
+    return seen[:, :stop] if seen.ndim == 2 else seen[:, :, start:stop, :stop]
 
 
 def takes_bias(model) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import generation
-from attention import append_cache, attention_bias, compute_dtype, no_cache, takes_bias
+from attention import append_cache, no_cache, visible, visible_to
 from passes import Pass, Plan, plan_passes
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
@@ -211,15 +211,8 @@ class Coconut(nn.Module):
         if len(plan.passes) > 1 and cache is None:
             config = self.base_causallm.config
             cache = DynamicCache(config=config) if compiled else append_cache(config, n_columns)
-        positions_BT = position_ids
-        if plan.usual_positions and attention_mask is not None and (plan.left_padded or position_ids is None or compiled):
-            positions_BT = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        elif plan.usual_positions:
-            limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or n_columns
-            positions_BT = torch.arange(n_columns, device=input_ids.device).clamp(max=limit - 1)[None]
-        mask_BT, bias = attention_mask if plan.left_padded or compiled else None, None
-        if mask_BT is not None and takes_bias(self.base_causallm):
-            bias = attention_bias(mask_BT, 0, compute_dtype(self.embedding.weight))
+        seen = visible(self.base_causallm, attention_mask if plan.left_padded or compiled else None)
+        positions_BT = self._positions(plan, input_ids, attention_mask, position_ids, compiled)
 
         cuts = sorted({edge for pass_ in plan.passes for edge in (pass_.start, pass_.stop)})
         pieces = dict(zip(cuts, self.embedding(input_ids).split([b - a for a, b in zip(cuts, cuts[1:])], 1)))
@@ -230,12 +223,8 @@ class Coconut(nn.Module):
                 cache.crop(pass_.start - end)
             x_BCD = _join([piece for start, piece in pieces.items() if pass_.start <= start < pass_.stop])
             x_BCD = self._fill(x_BCD, pass_, state_of)
-            seen = mask_BT if bias is None else bias[:, :, pass_.start : pass_.stop]
-            seen = None if seen is None else seen[..., : pass_.stop]
-            positions_BC = positions_BT[:, pass_.start : pass_.stop]
-            if compiled:  # whose code is made anew for other strides
-                seen, positions_BC = (None if x is None else x.clone() for x in (seen, positions_BC))
-            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, seen, positions_BC, cache, edit)
+            mask, positions_BC = visible_to(seen, pass_.start, pass_.stop), positions_BT[:, pass_.start : pass_.stop]
+            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, mask, positions_BC, cache, edit)
             state_of |= {column: h_BCD[:, column - pass_.start] for column in read if pass_.start <= column < pass_.stop}
             end = pass_.stop
             if not pass_.again:
@@ -244,6 +233,16 @@ class Coconut(nn.Module):
             if self.after_pass is not None:
                 self.after_pass(pass_, pass_ is plan.passes[-1])
         return Rollout(_join(states), _join(fed), cache)
+
+    def _positions(self, plan: Plan, input_ids, attention_mask, position_ids, compiled: bool) -> Tensor:
+        """Positions [B or 1, T]; those at padding are arbitrary, and within the model's limit."""
+        if not plan.usual_positions:
+            return position_ids
+        if attention_mask is not None and (plan.left_padded or position_ids is None or compiled):
+            return (attention_mask.cumsum(1) - 1).clamp(min=0)
+        n_columns = input_ids.shape[1]
+        limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or n_columns
+        return torch.arange(n_columns, device=input_ids.device).clamp(max=limit - 1)[None]
 
     def _fill(self, x_BCD: Tensor, pass_: Pass, state_of: dict[int, Tensor]) -> Tensor:
         """The embeddings of one pass with its slots (a run of columns) filled: one out-of-place write.
@@ -266,8 +265,8 @@ class Coconut(nn.Module):
             thought_BSD = torch.where(has_BS.to(x_BCD.device, non_blocking=True)[..., None], thought_BSD, own_BSD)
         return _join([part for part in (before, thought_BSD, after) if part.shape[1]])
 
-    def _backbone_pass(self, x_BCD, pass_: Pass, seen, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
-        """The one call of the backbone; `seen` is a mask over past and present columns ([B, P + C], or an additive one
+    def _backbone_pass(self, x_BCD, pass_: Pass, mask, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
+        """The one call of the backbone; `mask` is over past and present columns ([B, P + C], or an additive one
         [B, 1, C, P + C]; None: all real).
 
         Returns what the pass was given (after the edit) and its states after the final norm.
@@ -279,6 +278,8 @@ class Coconut(nn.Module):
         with ExitStack() as hooks:
             if self.compiled and (edit is not None or not self.training):
                 hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            elif self.compiled:  # code is made anew for other strides
+                mask, positions_BC = (None if x is None else x.clone() for x in (mask, positions_BC))
             if edit is not None:
                 x_BCD = _edited(edit, 0, pass_, x_BCD)
                 for layer in getattr(edit, "layers", ()):
@@ -286,9 +287,9 @@ class Coconut(nn.Module):
                         hooks.enter_context(_tapped(decoder_blocks(base)[layer - 1], edit, layer, pass_))
             out = base.base_model(
                 inputs_embeds=x_BCD,
-                attention_mask=seen,
+                attention_mask=mask,
                 position_ids=positions_BC,
-                past_key_values=no_cache(base.config) if cache is None and seen is None else cache,
+                past_key_values=no_cache(base.config) if cache is None and mask is None else cache,
                 use_cache=cache is not None,
             )
         return x_BCD, out.last_hidden_state
@@ -353,12 +354,10 @@ class Coconut(nn.Module):
         """
         stop = start + input_ids.shape[1]
         pass_ = Pass(self.gen_forward_cnt, start, stop, (), tuple(range(len(input_ids)) if row_ids is None else row_ids))
-        seen = mask_BT
-        if mask_BT is not None and takes_bias(self.base_causallm):
-            seen = attention_bias(mask_BT, start, compute_dtype(self.embedding.weight))
         if position_ids is None:
             position_ids = torch.arange(start, stop, device=input_ids.device)[None]
-        x_BCD, h_BCD = self._backbone_pass(self.embedding(input_ids), pass_, seen, position_ids, cache, edit)
+        mask = visible(self.base_causallm, mask_BT, start)
+        x_BCD, h_BCD = self._backbone_pass(self.embedding(input_ids), pass_, mask, position_ids, cache, edit)
         return Rollout(h_BCD, x_BCD, cache)
 
     @torch.no_grad()

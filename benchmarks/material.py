@@ -130,6 +130,7 @@ class Material:
             n_words = size - len(ids)
             _fold(self.table, n_words)
             ids = backbones.ThoughtIds(*range(n_words, size))
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0)
         self.ids = ids
         paths = {"name": "bench", "save_path": "-", "train_path": str(source.rows), "val_path": str(source.rows)}
         self.config = check_config({"coconut": True, "max_latent_stage": STAGE} | paths | keys, "benchmark")
