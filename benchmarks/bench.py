@@ -4,9 +4,9 @@
     bash scripts/bench.sh --quick --out DIR    # few rounds of the smallest shape: does it run
     bash scripts/bench.sh --only P7            # P1 (with P2 and ref), P4, P6 or P7 alone; may be repeated
 
-Every ratio is the median of at least seven per-round ratios after a warm-up, with the smallest and the largest beside it. Rows
-are the official ProsQA validation rows at the last stage, with six latents. What the measures mean is said in ratios.py and
-start_and_batches.py; bench_gpu.py is the benchmark of a GPU.
+Every ratio is the median of at least seven per-round ratios after a warm-up, with the 95 % interval of the median beside it;
+a target within that interval is a tie. Rows are the official ProsQA validation rows at the last stage, with six latents. What
+the measures mean is said in ratios.py and start_and_batches.py; bench_gpu.py is the benchmark of a GPU.
 """
 
 import argparse

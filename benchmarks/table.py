@@ -1,4 +1,4 @@
-"""Results as Markdown: every value with its spread, its target, and whether it is met.
+"""Results as Markdown: every value (a median) with its interval, its target, and whether it is met.
 
     print(as_markdown(about, results, "cpu"))
 
@@ -50,9 +50,14 @@ def target(result: dict, where: str) -> tuple[str, float] | None:
 
 
 def verdict(result: dict, where: str) -> str:
-    """ "met", "missed", or nothing where there is no target."""
+    """ "met", "missed", "tie" where the 95 % interval of the median holds the target, or nothing where there is none."""
     wanted = target(result, where)
-    return "" if wanted is None else "met" if COMPARE[wanted[0]](result["value"], wanted[1]) else "missed"
+    if wanted is None:
+        return ""
+    meets = COMPARE[wanted[0]]
+    if meets(result["value"], wanted[1]):
+        return "met"
+    return "tie" if any(meets(end, wanted[1]) for end in result.get("ci95", ())) else "missed"
 
 
 def number(value: float, unit: str) -> str:
@@ -62,10 +67,11 @@ def number(value: float, unit: str) -> str:
 
 def as_table(results: list[dict], where: str) -> list[str]:
     """The lines of a Markdown table."""
-    lines = ["| measure | of | B | value | min .. max | target | | |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| measure | of | B | value | 95 % interval | target | | |", "|---|---|---|---|---|---|---|---|"]
     for r in results:
         unit, wanted = r["unit"], target(r, where)
-        extremes = f"{number(r['min'], unit)} .. {number(r['max'], unit)}, {r['rounds']} rounds" if "min" in r else ""
+        low, high = r.get("ci95", (r.get("min"), r.get("max")))
+        extremes = f"{number(low, unit)} .. {number(high, unit)}, {r['rounds']} rounds" if "min" in r else ""
         limit = "" if wanted is None else f"{wanted[0]} {wanted[1]:g}" + f" {unit}" * bool(unit)
         notes = [f"least possible {r['floor']:.2f}" if r.get("floor") else None, r.get("note")]
         said = "; ".join(note for note in notes if note)
@@ -90,7 +96,8 @@ def phase_table(results: list[dict]) -> list[str]:
 def as_markdown(about: dict[str, str], results: list[dict], where: str) -> str:
     """What was measured where, and both tables."""
     judged = [verdict(r, where) for r in results]
-    counts = f"{judged.count('met')} targets met, {judged.count('missed')} missed" if any(judged) else "no targets apply"
+    kinds = [f"{judged.count(kind)} {kind}" for kind in ("met", "tie", "missed") if judged.count(kind)]
+    counts = f"targets: {', '.join(kinds)}" if kinds else "no targets apply"
     phases = phase_table(results)
     lines = [*(f"- {key}: {value}" for key, value in about.items()), f"- {counts}", "", *as_table(results, where)]
     return "\n".join([*lines, *(["", *phases] if phases else []), ""])

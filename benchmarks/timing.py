@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from scipy.stats import quantile_test
 
 ROUNDS = 7  # fewer do not make a median
 
@@ -95,9 +96,16 @@ def alternate(
 # ---------------------------------------------------------------- results
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest, largest and number of some values, under the keys of a result."""
-    return {"value": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+def spread(values: Sequence[float]) -> dict:
+    """Median, smallest, largest and number of some values, under the keys of a result.
+
+    From seven values on also `ci95`, the 95 % interval of the median by order statistics.
+    """
+    found = {"value": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+    if len(values) < ROUNDS:
+        return found
+    interval = quantile_test(values, p=0.5).confidence_interval(0.95)
+    return found | {"ci95": [float(interval.low), float(interval.high)]}
 
 
 def ratio(taken: dict[str, list[float]], first: str, second: str, scale: float = 1.0) -> dict:

@@ -38,3 +38,29 @@ def make(tmp_path, small_data):
     from run_material import write_config
 
     return lambda name, **changes: write_config(tmp_path, small_data, name, **changes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tokenised files go to a folder of this test run."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """A few two-chain rows, for the tests of evaluation."""
+    from evaluate_material import draw
+
+    return draw()
+
+
+@pytest.fixture
+def make_run(rows, tmp_path):
+    """make_run(**changes of the config): a run on `rows`, or on other `val_rows`."""
+    from evaluate_material import make_a_run
+
+    return lambda val_rows=rows, **changes: make_a_run(tmp_path, val_rows, **changes)

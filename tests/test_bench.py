@@ -174,6 +174,15 @@ def test_targets_are_met_or_missed(where, measure, shape, value, expected):
     assert table.verdict(result(measure, shape, value), where) == expected
 
 
+def test_a_target_within_the_interval_of_the_median_is_a_tie():
+    ratios = [0.97, 0.98, 1.0, 1.004, 1.01, 1.02, 1.03]
+    measured = timing.spread(ratios)
+    assert measured["value"] == 1.004 and measured["ci95"] == [0.97, 1.03] and "ci95" not in timing.spread(ratios[:6])
+    assert table.verdict(result("P2", "words 2x128", **measured), "cpu") == "tie"
+    above = timing.spread([x + 0.05 for x in ratios])
+    assert table.verdict(result("P2", "words 2x128", **above), "cpu") == "missed"
+
+
 def test_the_markdown_says_all(tmp_path):
     phases = {"prefix": {"median_ms": 12.34}, "backward": {"median_ms": 50.0}}
     results = [
@@ -183,7 +192,7 @@ def test_the_markdown_says_all(tmp_path):
     ]
     table.write(tmp_path, "cpu", {"device": "CPU, 2 threads"}, results, "cpu")
     lines = (tmp_path / "cpu.md").read_text().splitlines()
-    assert "- device: CPU, 2 threads" in lines and "- 1 targets met, 1 missed" in lines
+    assert "- device: CPU, 2 threads" in lines and "- targets: 1 met, 1 missed" in lines
     assert "| P1 | GPT-2 124M | 4 | 0.750 | 0.700 .. 0.900, 7 rounds | <= 0.8 | met | least possible 0.70; quiet |" in lines
     assert "| P7 | tokens cached |  | 12.50 s |  | <= 10 s | missed |  |" in lines
     assert lines[-3::2] == ["| ms per update | prefix | backward | together |", "| compiled, stage 6 | 12.3 | 50.0 | 62.5 |"]

@@ -2,7 +2,6 @@
 
 import threading
 
-import datasets
 import numpy as np
 import pytest
 
@@ -104,13 +103,11 @@ def test_share_of_padding_written_out():
 
 
 @pytest.fixture(scope="module")
-def prosqa_rows(shared_data, tmp_path_factory):
+def prosqa_rows(shared_data):
     """The official validation rows of a stage, in GPT-2 tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        tokenizer = load_tokenizer(str(shared_data / "gpt2_tokenizer"))
-        ids = add_thought_tokens(tokenizer)
-        table = TokenTable(get_dataset(shared_data / "prosqa_valid.json", tokenizer))
+    tokenizer = load_tokenizer(str(shared_data / "gpt2_tokenizer"))
+    ids = add_thought_tokens(tokenizer)
+    table = TokenTable(get_dataset(shared_data / "prosqa_valid.json", tokenizer))
     paths = dict.fromkeys(("name", "save_path", "train_path", "val_path"), "x")
     config = check_config(paths | {"coconut": True, "max_latent_stage": 6}, "test")
     return lambda stage: get_cot_latent_dataset(stage, table, config, ids.start, ids.latent, ids.end)

@@ -3,7 +3,6 @@
 import json
 from itertools import chain, pairwise
 
-import datasets
 import pytest
 from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
@@ -46,13 +45,6 @@ SIX = {
 def config(flags="coconut", **values):
     base = {"name": "x", "save_path": "x", "train_path": "x", "val_path": "x", "max_latent_stage": 6}
     return check_config(base | FLAGS[flags] | values, "test")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

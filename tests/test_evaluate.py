@@ -15,8 +15,6 @@ from evaluate_material import (
     Ranks,
     Scripted,
     character_tokenizer,
-    draw,
-    make_a_run,
     prompts_of,
     slow_continuation,
     slow_loss,
@@ -33,28 +31,6 @@ from dataset import (
 )
 from evaluate import evaluate_loss, generate_records, shard_batches, summarize
 from utils import World
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tokenised files go to a folder of this test run."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    return draw()
-
-
-@pytest.fixture
-def make_run(rows, tmp_path):
-    """make_run(**changes of the config): a run on `rows`, or on other `val_rows`."""
-    return lambda val_rows=rows, **changes: make_a_run(tmp_path, val_rows, **changes)
-
 
 # ---------------------------------------------------------------------------------------------------- sharding
 

@@ -7,8 +7,6 @@ from evaluate_material import (
     ALONE,
     N_ROWS,
     Scripted,
-    draw,
-    make_a_run,
     prompts_of,
     slow_continuation,
     slow_loss,
@@ -22,28 +20,6 @@ from dataset import MyCollator, get_cot_latent_dataset
 from evaluate import evaluate, evaluate_loss, generate_records
 from generation import Decoding
 from two_choice import score_options
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tokenised files go to a folder of this test run."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    return draw()
-
-
-@pytest.fixture
-def make_run(rows, tmp_path):
-    """make_run(**changes of the config): a run on `rows`."""
-    return lambda **changes: make_a_run(tmp_path, rows, **changes)
-
 
 ALIKE = [({}, 0), ({}, 2), ({"feedback_mode": "learned_shared"}, 9), ({"coconut": False, "cot": True}, 0)]
 UNLIKE = [({"pad_latent_to_max": False}, 3), ({"uniform_prob": 0.5}, 2)]

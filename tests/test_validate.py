@@ -15,9 +15,7 @@ from evaluate_material import (
     N_ROWS,
     Scripted,
     character_tokenizer,
-    draw,
     encoded,
-    make_a_run,
     prompts_of,
     slow_continuation,
     slow_logits,
@@ -31,28 +29,6 @@ from dataset import TokenTable, get_dataset, get_question_latent_dataset
 from evaluate import generate_records, validate
 from two_choice import has_options, score_options
 from utils import read_jsonl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tokenised files go to a folder of this test run."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    return draw()
-
-
-@pytest.fixture
-def make_run(rows, tmp_path):
-    """make_run(**changes of the config): a run on `rows`, or on other `val_rows`."""
-    return lambda val_rows=rows, **changes: make_a_run(tmp_path, val_rows, **changes)
-
 
 # ---------------------------------------------------------------------------------------------------- two choices
 
