@@ -13,7 +13,7 @@ from accounting import PHASES, Shape, Stopwatch, Throughput
 
 
 class Metrics:
-    """Appends records to `<run folder>/metrics.jsonl` and sends their stock keys (those with a /) to wandb.
+    """Appends records to `<run folder>/metrics.jsonl` and sends their stock keys (those with a /) and the rates to wandb.
 
     Only rank 0 writes, and nobody under `debug`. Training never depends on wandb.
     """
@@ -28,6 +28,8 @@ class Metrics:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
+        if record.get("event") == "speed":
+            record = {f"speed/{key}": value for key, value in record.items() if isinstance(value, float)}
         self._send({key: value for key, value in record.items() if "/" in key})
 
     def _send(self, values: dict) -> None:

@@ -146,11 +146,13 @@ def test_wandb_gets_the_stock_keys_and_continues_its_run(no_account, tmp_path, m
     for _ in range(2):
         metrics = Metrics(settings(wandb=True), tmp_path, enabled=True)
         metrics.log(event="eval", epoch=3, correct=2, **{"eval/acc": 0.5, "eval/loss": 1.0})
+        metrics.log(event="speed", epoch=3, updates=10, mfu=0.31, phases={"data": 0.1})
         metrics.close()
     inits = [kwargs for name, _, kwargs in calls if name == "init"]
     assert [kwargs["id"] for kwargs in inits] == [None, "run-7"]
     assert inits[0]["project"] == "coconut" and inits[0]["name"] == "x" and inits[0]["config"]["lr"] == 1e-4
-    assert [args for name, args, _ in calls if name == "log"] == [({"eval/acc": 0.5, "eval/loss": 1.0},)] * 2
+    sent = [({"eval/acc": 0.5, "eval/loss": 1.0},), ({"speed/mfu": 0.31},)]
+    assert [args for name, args, _ in calls if name == "log"] == sent * 2
     assert sum(name == "finish" for name, *_ in calls) == 2
 
 
