@@ -8,6 +8,7 @@ variants.json, variants.md and loss_difference.png. Differences are variant minu
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -47,11 +48,19 @@ def correct(folder: Path, records: str) -> dict[str, bool]:
     return {r["question_hash"]: r["correct"] for r in read_jsonl(folder / records)}
 
 
+def finished(folder: Path) -> bool:
+    """Whether a run was trained for all its epochs; true where nothing was trained (another run's weights, say)."""
+    epochs = [r["epoch"] for r in read_jsonl(folder / "metrics.jsonl") if r["event"] == "eval"]
+    about = folder / "run.json"
+    return not about.is_file() or max(epochs, default=-1) + 1 >= json.loads(about.read_text())["config"]["num_epochs"]
+
+
 def compare(variant: Path, reference: Path, records: str) -> dict:
     """One run beside its reference. ValueError where they answered different questions."""
     row: dict = {"model": variant.name, "variant": variant.parent.name}
     mine, theirs = correct(variant, records), correct(reference, records)
-    if mine and theirs:
+    row["finished"] = finished(variant)
+    if mine and theirs and row["finished"]:
         if mine.keys() != theirs.keys():
             both = f"{variant / records} and {reference / records}"
             raise ValueError(f"{both} are of different questions; evaluate both on one set")
@@ -94,7 +103,7 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 row["model"],
-                row["variant"],
+                row["variant"] + ("" if row["finished"] else " (unfinished)"),
                 f"{100 * test['accuracy']:.1f} % (n = {test['n']})" if test else "–",
                 " .. ".join(f"{100 * x:.1f}" for x in test["ci95"]) if test else "–",
                 f"{100 * change['mean']:+.1f}" if change else "–",

@@ -16,23 +16,26 @@ export OMP_NUM_THREADS=1 PYTHON
 root=runs/quickstart-variants
 mkdir -p "$root/logs"
 
-variant() { # variant model [key=value ...]: train, then evaluate on the held-out problems; both do nothing a second time
-    local name=$1 model=$2 folder=$root/$1/$2 newest
+trained_and_tested() { # model folder [key=value ...]; each command says whether the next may follow (set -e is off within if)
+    local model=$1 folder=$2 newest
     shift 2
-    {
-        "$PYTHON" run.py "args/quickstart_$model.yaml" "save_path=$root/$name" "$@"
-        newest=$(find "$folder" -name 'checkpoint_*' | sort -V | tail -n 1)
-        if [ "$model" != stage0 ] && [ -n "$newest" ] && [ ! "$folder/eval_prosqa_test.jsonl" -nt "$newest" ]; then
-            "$PYTHON" run.py "args/quickstart_$model.yaml" "save_path=$root/$name" "$@" only_eval=True \
-                "load_model_path=$newest" "resume=$((${newest##*_} - 1))" val_path=data/quickstart/prosqa_test.json
-        fi
-    } >>"$root/logs/$name-$model.log" 2>&1 || {
+    "$PYTHON" run.py "args/quickstart_$model.yaml" "$@" || return 1
+    newest=$(find "$folder" -name 'checkpoint_*' | sort -V | tail -n 1)
+    if [ "$model" = stage0 ] || [ -z "$newest" ] || [ "$folder/eval_prosqa_test.jsonl" -nt "$newest" ]; then return 0; fi
+    "$PYTHON" run.py "args/quickstart_$model.yaml" "$@" only_eval=True "load_model_path=$newest" \
+        "resume=$((${newest##*_} - 1))" val_path=data/quickstart/prosqa_test.json
+}
+
+variant() { # variant model [key=value ...]: train, then evaluate on the held-out problems; both do nothing a second time
+    local name=$1 model=$2 folder=$root/$1/$2
+    shift 2
+    if ! trained_and_tested "$model" "$folder" "save_path=$root/$name" "$@" >>"$root/logs/$name-$model.log" 2>&1; then
         echo "error: $name $model failed; see $root/logs/$name-$model.log" >&2
         return 255 # ends xargs
-    }
+    fi
     echo "$name $model done"
 }
-export -f variant
+export -f trained_and_tested variant
 export root
 
 two_at_a_time() { # lines of arguments for `variant`

@@ -46,6 +46,18 @@ def test_differences_of_accuracy_and_loss(folders, capsys):
     assert (folders / "out/loss_difference.png").stat().st_size > 5000
 
 
+def test_accuracies_of_unfinished_runs_are_not_compared(folders, capsys):
+    for name, epochs in (("same", 1), ("worse", 3)):
+        folder = folders / "variants" / name / "m1"
+        (folder / "run.json").write_text(json.dumps({"config": {"num_epochs": epochs}}))
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"event": "eval", "epoch": 0}) + "\n")
+    assert run(folders) == 0
+    rows = {r["variant"]: r for r in json.loads((folders / "out/variants.json").read_text())["runs"]}
+    assert "difference" in rows["same"] and "test" not in rows["worse"] and rows["worse"]["updates"] == 150
+    assert "worse (unfinished)" in capsys.readouterr().out
+
+
 def test_other_questions_and_empty_folders_are_refused(folders, capsys):
     write_run(folders / "variants/other/m1", [1.0], [True, False], hashes=["x", "y"])
     assert run(folders) == 2
