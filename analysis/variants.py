@@ -75,7 +75,6 @@ def compare(variant: Path, reference: Path, records: str) -> dict:
         row["equal_losses"] = int((curves[0] == curves[1]).sum())
         row["mean_loss_difference"] = float(np.abs(np.subtract(*smoothed(curves))).mean())
         row["curve"] = (smoothed(curves)[0] - smoothed(curves)[1]).tolist()
-    row["train_seconds"] = sum(r["seconds"] for r in read_jsonl(variant / "metrics.jsonl") if r["event"] == "train_epoch")
     return row
 
 
@@ -110,7 +109,6 @@ def table(rows: list[dict]) -> list[tuple[str, ...]]:
                 " .. ".join(f"{100 * x:+.1f}" for x in change["ci95"]) if change else "–",
                 str(row["updates"]),
                 curve,
-                f"{row['train_seconds']:.0f}" if row["train_seconds"] else "–",
             )
         )
     return lines
