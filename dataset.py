@@ -11,10 +11,12 @@ the batches of a stage are cut from flat token arrays when they are asked for (i
     batch = rows.batch([5, 0, 7], tokenizer.pad_token_id)
 """
 
+import gc
 import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -42,6 +44,18 @@ def existing(path: str | Path) -> Path:
         hints = [how.format(folder=path.parent) for word, how in HOW_TO_MAKE.items() if word in str(path)]
         raise ValueError(f"data file {path} does not exist" + (f"; make it with: {hints[-1]}" if hints else ""))
     return path
+
+
+@contextmanager
+def no_garbage_collection():
+    """For code that makes millions of small objects that all stay: looking for garbage among them takes as long again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def load_rows(path: str | Path, max_rows: int | None = None) -> list[dict]:

@@ -23,7 +23,7 @@ from accounting import Shape, peak_flops
 from checkpoint import Position, RunFolder, build_model, find_checkpoint, read_last_state
 from coconut import Coconut, decoder_blocks
 from compiled import compile_passes, uncompile
-from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows
+from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
 from evaluate import validate, wants_two_choice
 from microbatch import candidates, largest_micro_batch
 from recompute import recompute_blocks
@@ -104,7 +104,8 @@ def execute(config: Config, world: World) -> None:
     resumed, position, source, optimizer_state = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
         raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
-    val_rows, tables = load_data(config, world)  # what is wrong with the data is said before a model is loaded
+    with no_garbage_collection():
+        val_rows, tables = load_data(config, world)  # what is wrong with the data is said before a model is loaded
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)

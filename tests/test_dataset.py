@@ -1,5 +1,6 @@
 """Files to tokens to curriculum rows: against recorded rows and batches of the stock code, and rows written by hand."""
 
+import gc
 import json
 from itertools import chain, pairwise
 
@@ -19,6 +20,7 @@ from dataset import (
     get_dataset,
     get_question_latent_dataset,
     load_rows,
+    no_garbage_collection,
     question_hash,
 )
 from utils import check_config
@@ -369,3 +371,11 @@ def test_answers_and_steps_of_a_continuation(text, answer, steps):
 
 def test_gold_answers_are_cleaned_alike():
     assert clean_answer(" 1,234,567 ") == "1234567" and clean_answer("18.0") == "18.0"
+
+
+def test_garbage_collection_comes_back_whatever_happens():
+    assert gc.isenabled()
+    with pytest.raises(ValueError), no_garbage_collection():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
