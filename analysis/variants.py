@@ -32,7 +32,6 @@ COLUMNS = (
     "95 % interval",
     "updates",
     "loss curve",
-    "train s",
 )
 SMOOTH = 50  # updates whose losses are averaged before curves are compared
 
