@@ -5,7 +5,7 @@
 The library's `DynamicCache` concatenates: every pass copies all earlier columns, in every layer, and training keeps every
 copy for the backward pass. Here a layer's keys are one buffer [B, H, capacity, d]; a pass writes its columns behind the
 others and reads a view of what is there so far. Columns, once written, never change, so the views that earlier passes
-saved for their backward stay right. Gradients of the views are added up in one buffer, too.
+saved for their backward stay right. Gradients of the views are added up from the last pass to the first.
 
 Shape letters: B rows, H key/value heads, C columns of one pass, P columns before it, d width of a head.
 """
@@ -54,7 +54,7 @@ def appends_only(cache: DynamicCache) -> bool:
 
 
 class _Buffer:
-    """Storage of one layer's keys or values, and in the backward pass the sum of the gradients of its views."""
+    """Storage of one layer's keys or values, and in the backward pass the sum of its views' gradients so far."""
 
     def __init__(self, like_BHCd: Tensor, capacity: int):
         B, H, _, d = like_BHCd.shape
