@@ -185,9 +185,9 @@ class Coconut(nn.Module):
         row_ids = tuple(range(len(ids_BT)) if row_ids is None else row_ids)
         latent_BT = ids_BT == (-1 if self.latent_token_id is None else self.latent_token_id)
         cut = self.feedback.reads_hidden or self.force_multipass
-        passes = plan_passes(latent_BT, cut, row_ids, self.latent_iterations)
         if mask_BT is None:
             mask_BT = torch.ones_like(ids_BT)
+        passes = plan_passes(latent_BT, cut, row_ids, self.latent_iterations, begins=mask_BT.long().argmax(1))
         left_padded = bool((mask_BT[:, :-1] < mask_BT[:, 1:]).any())
         usual_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         usual = positions_BT is None or bool(((positions_BT == usual_BT) | (mask_BT == 0)).all())

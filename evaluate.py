@@ -65,12 +65,13 @@ def evaluate(
     gold: StageDataset | None = None,
     two_choice: bool = False,
     edit=None,
+    quiet: bool = False,
 ) -> tuple[list[dict], float | None]:
     """Records of all rows, on every rank and in the order of the rows, and with `gold` the loss in nats per labelled token.
 
     Fields of a record: idx, question_hash, n_steps (of the gold), gold, prediction (None without `#`), correct,
     numerically_equal, cot_match, output (the continuation), n_latents, generated_tokens (latents and new tokens, without
-    markers and EOS), and with `two_choice` those of `score_options`.
+    markers and EOS), and with `two_choice` those of `score_options`. `quiet` shows and prints nothing.
 
     `gold` are the rows in their training form. A row whose training form does not begin with its prompt (another number of
     latents) gets its loss from a rollout of its own.
@@ -83,7 +84,8 @@ def evaluate(
     lengths, collate = prompts.lengths(), MyCollator(tokenizer, prompts.latent_id, left=True)
     batches = shard_batches(np.stack([lengths.total, lengths.latents]), batch_size, world)
     waiting = deque(i for batch in batches for i in batch)
-    bar = tqdm(total=len(waiting), desc="Test Accuracy", disable=None if world.is_main else True, leave=False)
+    hide = None if world.is_main and not quiet else True
+    bar = tqdm(total=len(waiting), desc="Test Accuracy", disable=hide, leave=False)
     records, losses, apart = [], [], []
 
     def begin(n_free: int) -> Decoding:
@@ -126,8 +128,9 @@ def evaluate(
     if gold is not None:
         loss = _mean(losses, world)
         world.print(f"eval loss {loss}")
-    correct, matches = (sum(r[key] for r in records) for key in ("correct", "cot_match"))
-    print(f"Device {world.rank}: Cor={correct}, CoT={matches}, Total={len(records)}", flush=True)
+    if not quiet:
+        correct, matches = (sum(r[key] for r in records) for key in ("correct", "cot_match"))
+        print(f"Device {world.rank}: Cor={correct}, CoT={matches}, Total={len(records)}", flush=True)
     records = sorted(world.gather(records), key=lambda record: record["idx"])
     assert [r["idx"] for r in records] == list(range(len(prompts))), "each row must be evaluated exactly once"
     return records, loss

@@ -28,6 +28,8 @@ class Pass:
     """One call of the backbone: columns start..stop-1, the thought slots among them, and the callers' row ids.
 
     `again`: a later pass computes these columns once more (parallel thoughts); their keys and values are dropped.
+    `begins`: the column of each row's first token (int64 [B], on the CPU), so that an edit finds the tokens of a padded row;
+    None behind a prompt, where rows that began at different times stand together.
     """
 
     index: int
@@ -36,6 +38,7 @@ class Pass:
     slots: tuple[Slot, ...]
     row_ids: tuple[int, ...]
     again: bool = False
+    begins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Plan:
         return replace(self, labelled=None if self.labelled is None else tuple(map(change, self.labelled)))
 
 
-def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iterations: int | None = None) -> tuple[Pass, ...]:
+def plan_passes(
+    latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iterations: int | None = None, begins: Tensor | None = None
+) -> tuple[Pass, ...]:
     """Cut the columns into passes.
 
     Args:
@@ -67,6 +72,7 @@ def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iteratio
         cut: whether the feedback reads a hidden state, so that each slot starts a pass.
         row_ids: one id a row, handed on to edits.
         iterations: with `cut`, refine all slots in parallel this many times instead of one after the other.
+        begins: the column of each row's first token, int64 [B], handed on to edits.
 
     Raises:
         ValueError: slots not contiguous in a row, not starting in one common column, or a slot in column 0.
@@ -74,7 +80,7 @@ def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iteratio
     n_B = latent_BT.sum(1)
     n, n_columns = int(n_B.max()), latent_BT.shape[1]
     if n == 0:
-        return (Pass(0, 0, n_columns, (), row_ids),)
+        return (Pass(0, 0, n_columns, (), row_ids, begins=begins),)
     first = int(latent_BT.any(0).int().argmax())
     aligned_BT = (torch.arange(n_columns) >= first) & (torch.arange(n_columns) < first + n_B[:, None])
     wrong = (latent_BT != aligned_BT).any(1).nonzero().flatten().tolist()
@@ -95,6 +101,6 @@ def plan_passes(latent_BT: Tensor, cut: bool, row_ids: tuple[int, ...], iteratio
         spans = [(0, first), *[(first, first + n)] * (min(iterations, n) - 1), (first, n_columns)]
     later = [start for start, _ in spans[1:]] + [n_columns]
     return tuple(
-        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids, again=later[i] < stop)
+        Pass(i, start, stop, tuple(s for s in slots if start <= s.column < stop), row_ids, later[i] < stop, begins)
         for i, (start, stop) in enumerate(spans)
     )

@@ -2,8 +2,8 @@
 
     scores = score_options(model, rows, prompts, new_ids, tokenizer)      # given steps, each row from its start
 
-An option's score is the summed log-probability of the pieces of `### Name is a option.`; pieces that both begin with
-cancel. Unlike free-running accuracy it does not ask for a well-formed answer, and a coin scores 50 %.
+An option's score is the summed log-probability of its own pieces and the full stop, behind `### Name is a`. Unlike
+free-running accuracy it does not ask for a well-formed answer, and a coin scores 50 %.
 """
 
 import sys
@@ -32,27 +32,25 @@ def wants_two_choice(config, rows: list[dict]) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """The tokens behind a row's prompt: its own steps, and after them either the right or the wrong answer."""
+    """The tokens behind a row's prompt: its own steps, and after them either the right or the wrong answer.
+
+    `n_name`: how many pieces `### Name is a` takes, with which every answer to the row begins.
+    """
 
     steps: list[int]
     answers: tuple[list[int], list[int]]
-
-    @property
-    def n_shared(self) -> int:
-        """Pieces that both answers begin with."""
-        return next(i for i, (a, b) in enumerate(zip(*self.answers)) if a != b)
+    n_name: int
 
     @classmethod
     def of(cls, row: dict, new_ids: list[int], n_prompt: int, model: Coconut, tokenizer) -> "Options | None":
         """None where prompt and answer exceed the model's positions. Own steps are cut to what fits."""
         names = row["idx_to_symbol"]
-        right, wrong = (
-            tokenizer.encode(f"### {names[row['root']]} is a {names[row[option]]}.", add_special_tokens=False)
-            for option in ("target", "neg_target")
-        )
+        answers = [tokenizer.encode(f"### {names[row['root']]} is a {x}.", add_special_tokens=False) for x in names]
+        right, wrong = answers[row["target"]], answers[row["neg_target"]]
+        n_name = next(i for i, pieces in enumerate(zip(*answers)) if len(set(pieces)) > 1)
         max_positions = getattr(model.base_causallm.config, "max_position_embeddings", None) or sys.maxsize
         room = max_positions - n_prompt - max(len(right), len(wrong))
-        return cls(_own_steps(new_ids, tokenizer)[:room], (right, wrong)) if room >= 0 else None
+        return cls(_own_steps(new_ids, tokenizer)[:room], (right, wrong), n_name) if room >= 0 else None
 
 
 def _own_steps(new_ids: list[int], tokenizer) -> list[int]:
@@ -70,7 +68,8 @@ def score_options(
     """Scores of rows whose continuations are given.
 
     Returns margin (log P(target) - log P(wrong), nats), two_choice_correct, two_choice_ce (nats; log 2 is a coin) for each
-    row; all None where prompt and answer exceed the model's positions. `prompts` hold input_ids and idx, the row's number
+    row, and what the margin is made of: target_logp, wrong_logp, and name_logp of `Name is a` behind `###`, which should be
+    near 0. All are None where prompt and answer exceed the model's positions. `prompts` hold input_ids and idx, the row's number
     for edits.
     """
     found = [Options.of(*given, len(prompt["input_ids"]), model, tokenizer) for *given, prompt in zip(rows, new_ids, prompts)]
@@ -87,8 +86,8 @@ def score_options(
 
     right = begin()
     wrong = right if right.movable else begin()
-    margins = iter(_margins((right, wrong), options, [0] * len(options)))
-    return [_scores(next(margins) if o else None) for o in found]
+    found_scores = iter(_behind((right, wrong), options, [0] * len(options)))
+    return [next(found_scores) if o else _scores(None) for o in found]
 
 
 @torch.no_grad()
@@ -103,35 +102,41 @@ def score_decoded(decoding: Decoding, rows: list[dict], tokenizer) -> list[dict]
         return [_scores(None) for _ in rows]
     # The last new token may not have been fed, and the newline behind steps that end without one is not the model's.
     n_kept = [min(len(o.steps), len(of.new_ids), of.n_fed) if o else 0 for o, of in zip(options, own)]
-    margins = _margins((decoding, decoding), options, n_kept)
-    return [_scores(margin if o else None) for margin, o in zip(margins, options)]
+    return _behind((decoding, decoding), options, n_kept)
 
 
-def _margins(decodings: tuple[Decoding, Decoding], options: list[Options | None], n_kept: list[int]) -> list[float]:
-    """log P(right) - log P(wrong) of each row; where options are None it is 0 and means nothing.
+def _behind(decodings: tuple[Decoding, Decoding], options: list[Options | None], n_kept: list[int]) -> list[dict]:
+    """The scores of each row (of None: empty ones).
 
     `decodings`: whose rows get the right and the wrong answers, behind their first `n_kept` new tokens.
     """
-    logp = []
+    logp_2B2 = torch.zeros(2, len(options), 2, dtype=torch.float64)  # right and wrong, row, name and option
     for choice, decoding in enumerate(decodings):
         tails = [[*o.steps[n:], *o.answers[choice]] if o else [] for o, n in zip(options, n_kept)]
         labels_BC = torch.full((len(tails), max(map(len, tails))), -100)
-        for labels_C, o, tail in zip(labels_BC, options, tails):
+        is_option_BC = torch.zeros_like(labels_BC)
+        for b, (o, tail) in enumerate(zip(options, tails)):
             if o:
-                asked = o.answers[choice][o.n_shared :]
-                labels_C[len(tail) - len(asked) : len(tail)] = torch.tensor(asked)
-        assert (labels_BC[:, 0] == -100).all(), "both answers begin alike, so none is asked for its first piece"
+                start = len(tail) - len(o.answers[choice])
+                labels_BC[b, start + 1 : len(tail)] = torch.tensor(o.answers[choice][1:])
+                is_option_BC[b, start + o.n_name : len(tail)] = 1
+        assert (labels_BC[:, 0] == -100).all(), "no row is asked for its first piece, the `###` of all answers"
         hidden_BCD = decoding.states_behind(tails, n_kept)
         loss_N, row_N = decoding.model.label_losses(hidden_BCD, labels_BC.to(hidden_BCD.device))
-        zeros_B = torch.zeros(len(tails), dtype=torch.float64)
-        logp.append(zeros_B.index_add_(0, row_N.cpu(), -loss_N.cpu().double()))
-    return (logp[0] - logp[1]).tolist()
+        logp_2B2[choice].index_put_((row_N.cpu(), is_option_BC[labels_BC != -100]), -loss_N.cpu().double(), accumulate=True)
+    (right_B2, wrong_B2) = logp_2B2.tolist()
+    return [_scores(r[1], w[1], r[0]) if o else _scores(None) for o, r, w in zip(options, right_B2, wrong_B2)]
 
 
-def _scores(margin: float | None) -> dict:
-    known = margin is not None
+def _scores(right: float | None, wrong: float = 0.0, name: float = 0.0) -> dict:
+    if right is None:
+        return dict.fromkeys(("margin", "two_choice_correct", "two_choice_ce", "target_logp", "wrong_logp", "name_logp"))
+    margin = right - wrong
     return {
         "margin": margin,
-        "two_choice_correct": margin > 0 if known else None,
-        "two_choice_ce": float(np.logaddexp(0, -margin)) if known else None,
+        "two_choice_correct": margin > 0,
+        "two_choice_ce": float(np.logaddexp(0, -margin)),
+        "target_logp": right,
+        "wrong_logp": wrong,
+        "name_logp": name,
     }

@@ -32,6 +32,14 @@ def small_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory, small_data, own_cache) -> dict[str, Path]:
+    """{"m3": run folder, ...}: small trained checkpoints of every model; see analysis_material.py."""
+    from analysis_material import train_all
+
+    return train_all(tmp_path_factory.mktemp("tiny_runs"), small_data)
+
+
 @pytest.fixture
 def make(tmp_path, small_data):
     """`write_config` of the small data."""

@@ -42,7 +42,7 @@ def all_questions(run, prompts, gold, rows, batch_size, **options):
 
 
 def assert_same(records, expected, tolerance=1e-12):
-    numbers = ("margin", "two_choice_ce")
+    numbers = ("margin", "two_choice_ce", "target_logp", "wrong_logp", "name_logp")
     for mine, one in zip(records, expected):
         assert mine == one | {key: pytest.approx(one[key], abs=tolerance) for key in numbers if one[key] is not None}
 
