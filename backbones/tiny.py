@@ -1,7 +1,7 @@
 """The tiny GPT-2 backbones for ProsQA that live in this folder: a config and a tokenizer each, no weights (`from_scratch: True`).
 
 - `backbones/prosqa_words`: every word and stop is a token, 2 layers x 128.
-- `backbones/prosqa_tiny`: the words that carry the facts are tokens, `Every`, `is a` and `a` are implied, 4 layers x 128. A
+- `backbones/prosqa_tiny`: the words that carry the facts are tokens, `Every`, `is a` and `a` are implied, 3 layers x 128. A
   fact is three tokens (`gerpus terpus .`) with the object right behind its subject, so following an edge is one
   induction step, and the quickstart learns the task in a third of the samples that all words need. Text and scoring
   stay those of ProsQA: decoding puts the implied words back.
@@ -76,7 +76,7 @@ def write(folder: Path, tokenizer: Tokenizer, **shape) -> None:
 if __name__ == "__main__":
     write(HERE / "prosqa_words", word_tokenizer(), n_layer=2, n_embd=128, n_head=4, n_positions=1024)
     tiny = {
-        "n_layer": 4,
+        "n_layer": 3,
         "n_embd": 128,
         "n_head": 4,
         "n_positions": 256,

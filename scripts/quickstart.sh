@@ -17,7 +17,7 @@ started=$SECONDS
 mkdir -p "$logs"
 
 if [ ! -f data/quickstart/prosqa_test.json ]; then
-    "$PYTHON" data/two_chain.py --out data/quickstart --force --sizes 24000 300 1000 --hops 1 3 --nodes 4 8 --species 12
+    "$PYTHON" data/two_chain.py --out data/quickstart --force --sizes 30000 300 1000 --hops 1 3 --nodes 4 8 --species 12
 fi
 
 running="" # "pid:name pid:name"

@@ -1,6 +1,6 @@
 """Small trained checkpoints of every model, for the tests of the experiments: real runs of run.py on real generated rows.
 
-`tiny_runs` (a session fixture) is {"m0", "m1", "m3", "m4", "m4b", "m5": run folder}: two thoughts, four layers, three epochs
+`tiny_runs` (a session fixture) is {"m0", "m1", "m3", "m4", "m4b", "m5": run folder}: two thoughts, three layers, three epochs
 on 44 rows, so the models say little that is right, but say it deterministically. `small_data` is their data folder, with a
 test file.
 """

@@ -52,7 +52,7 @@ def test_a_result_says_where_it_comes_from(command, tiny_runs, tmp_path):
     found = result(tmp_path)
     assert found["model"] == found["model_key"] == "m3" and found["n"] == found["accuracy"]["n"] == 11
     assert found["checkpoint"]["file"].endswith("checkpoint_3") and len(found["checkpoint"]["sha256"]) == 64
-    assert found["feedback_mode"] == "continuous" and found["n_thoughts"] == 2 and found["n_layers"] == 4
+    assert found["feedback_mode"] == "continuous" and found["n_thoughts"] == 2 and found["n_layers"] == 3
     assert "analysis.toy" in found["command"] and found["versions"]["torch"] and found["schema_version"] == 1
     assert (
         found["gates"]["identity"]["passed"] and found["gates"]["recorded"]["correct"] == found["gates"]["recorded"]["recorded"]

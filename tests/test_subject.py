@@ -24,7 +24,7 @@ def problems_of(small_data):
 def test_a_checkpoint_knows_what_it_is(tiny_runs, key):
     subject = Subject.load(tiny_runs[key])
     assert (subject.label, subject.key, subject.repeat, subject.epoch) == (key, key, 0, 3)
-    assert subject.n_thoughts == THOUGHTS[key] and subject.n_layers == 4 and subject.width == 128
+    assert subject.n_thoughts == THOUGHTS[key] and subject.n_layers == 3 and subject.width == 128
     assert subject.recycles == (key == "m3") and subject.recorded["total"] == 11
     assert not any(p.requires_grad for p in subject.model.parameters()) and not subject.model.training
 
@@ -60,11 +60,11 @@ def test_states_are_the_hidden_states_of_one_row(tiny_runs, problems_of, key):
     prompts = subject.prompts(problems_of(subject))
     where = positions([[0, 3, len(ids) - 2, len(ids) - 1] for ids in prompts.tokens])
     states = subject.states(prompts, where)
-    assert states.shape == (11, 5, 4, 128)
+    assert states.shape == (11, 4, 4, 128)
     for i, ids in enumerate(prompts.tokens):
         fed = subject.model(torch.from_numpy(ids)[None]).inputs_embeds
         theirs = subject.model.base_causallm(inputs_embeds=fed, output_hidden_states=True).hidden_states
-        for layer in range(5):
+        for layer in range(4):
             assert torch.allclose(states[i, layer], theirs[layer][0, where[i]], atol=1e-4)
     assert torch.equal(subject.states(prompts, where, layers=(3, 1)), states[:, [3, 1]])
 
