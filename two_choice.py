@@ -8,6 +8,7 @@ free-running accuracy it does not ask for a well-formed answer, and a coin score
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,12 +46,18 @@ class Options:
     def of(cls, row: dict, new_ids: list[int], n_prompt: int, model: Coconut, tokenizer) -> "Options | None":
         """None where prompt and answer exceed the model's positions. Own steps are cut to what fits."""
         names = row["idx_to_symbol"]
-        answers = [tokenizer.encode(f"### {names[row['root']]} is a {x}.", add_special_tokens=False) for x in names]
-        right, wrong = answers[row["target"]], answers[row["neg_target"]]
-        n_name = next(i for i, pieces in enumerate(zip(*answers)) if len(set(pieces)) > 1)
+        right, wrong, n_name = _answers(tokenizer, tuple(names), row["root"], row["target"], row["neg_target"])
         max_positions = getattr(model.base_causallm.config, "max_position_embeddings", None) or sys.maxsize
         room = max_positions - n_prompt - max(len(right), len(wrong))
         return cls(_own_steps(new_ids, tokenizer)[:room], (right, wrong), n_name) if room >= 0 else None
+
+
+@lru_cache(maxsize=8192)
+def _answers(tokenizer, names: tuple[str, ...], root: int, target: int, wrong: int) -> tuple[list[int], list[int], int]:
+    """Pieces of the right and the wrong answer, and how many of them all answers about this person begin with."""
+    answers = [tokenizer.encode(f"### {names[root]} is a {name}.", add_special_tokens=False) for name in names]
+    n_name = next(i for i, pieces in enumerate(zip(*answers)) if len(set(pieces)) > 1)
+    return answers[target], answers[wrong], n_name
 
 
 def _own_steps(new_ids: list[int], tokenizer) -> list[int]:

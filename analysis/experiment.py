@@ -185,11 +185,17 @@ class Experiment:
                 (out / f"{subject.label}_{self.name}.json").unlink(missing_ok=True)
                 print(f"error: check failed, no result written: {error}", file=sys.stderr)
                 failed = True
-        results = {p.name.removesuffix(f"_{self.name}.json"): json.loads(p.read_text()) for p in self.finished(out)}
+        self.collect(output_dir)
+        return int(failed)
+
+    def collect(self, output_dir: Path) -> None:
+        """Write results.json of all checkpoints that are finished."""
+        found = {
+            p.name.removesuffix(f"_{self.name}.json"): json.loads(p.read_text()) for p in self.finished(output_dir / self.name)
+        }
         for folder in filter(None, (self.name, self.also)):
             (output_dir / folder).mkdir(exist_ok=True)
-            write_json(output_dir / folder / "results.json", results | {"verification": self.verify(results)})
-        return int(failed)
+            write_json(output_dir / folder / "results.json", found | {"verification": self.verify(found)})
 
     def finished(self, out: Path) -> list[Path]:
         """Result files of all checkpoints so far."""
@@ -205,6 +211,7 @@ class Experiment:
         if target.is_file() and not args.force and json.loads(target.read_text()).get("identity") == identity:
             print(f"{target}: finished before")
             return json.loads(target.read_text())
+        target.unlink(missing_ok=True)  # what is measured again does not count as finished meanwhile
         checks = checks_once(task, output_dir / "self_checks" / f"{subject.label}.json")
         ready = self.prepare(task)
         records = self.records(task, ready, identity, target.with_suffix(".jsonl"))
@@ -255,14 +262,16 @@ class Experiment:
         )
         with open(path, "a") as file:
             for part, n in parts.items():
-                left = [i for i in range(n) if (part, i) not in kept]
-                for start in range(0, len(left), self.chunk):
-                    numbers = left[start : start + self.chunk]
+                for start in range(0, n, self.chunk):
+                    # Always the same rows together: another batch's margins differ in the last digits.
+                    numbers = list(range(start, min(n, start + self.chunk)))
+                    if all((part, i) in kept for i in numbers):
+                        continue
                     made = self.measure(task, ready, part, numbers)
                     assert len(made) == len(numbers), "one record a row"
                     for number, record in zip(numbers, made):
                         kept[part, number] = {"part": part, "idx": number, **record}
-                        file.write(json.dumps(kept[part, number]) + "\n")
+                    file.writelines(json.dumps(kept[part, number]) + "\n" for number in numbers)
                     file.flush()
                     bar.update(len(numbers))
         bar.close()

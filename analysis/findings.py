@@ -82,7 +82,7 @@ class Findings:
     def sets(self, model: str, repeat: int = 0) -> dict[str, dict]:
         """`{evaluation set: result object}` of the OOD experiment."""
         record = self.record("ood", model, repeat) or {}
-        objects = {name: value for name, value in record.items() if isinstance(value, dict)}
+        objects = {name: value for name, value in record.get("sets", record).items() if isinstance(value, dict)}
         return {name: value for name, value in objects.items() if "n" in value | _inner(value)}
 
     def accuracy(self, model: str, repeat: int = 0) -> Level | None:

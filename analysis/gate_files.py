@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -22,21 +23,14 @@ from analysis.runs import Run
 from backbones import anchor_ids
 from checkpoint import load_run, numbered_checkpoints, read_weights
 from coconut import Coconut
-from data.prosqa_rows import check_row
+from data.ood_checks import check_set
+from data.ood_sets import PRESETS, SWAP_OFFICIAL, EvalSet, Preset
+from data.prosqa_rows import read_rows
 from utils import load_config
 
 MODE_IDS = {"m4": 1, "m4b": 2, "m5": 3}
 MOVED_L2 = 0.01
 DATA_SIZES = {"prosqa_train.json": 17_886, "prosqa_valid.json": 300, "prosqa_test.json": 500}
-OOD_SETS = {  # file: (rows, inclusive range of hops, two-chain)
-    "id_matched": (1000, (3, 6), True),
-    "ood_7hop": (1000, (7, 7), True),
-    "ood_8hop": (1000, (8, 8), True),
-    "ood_dag": (1000, (4, 4), True),
-    "ood_dense": (1000, (4, 4), True),
-    "swap_pairs": (1000, (3, 6), True),
-    "edge_pairs": (1000, (3, 4), False),
-}
 CONFIGS = {
     "m1": "prosqa_m1_cot.yaml",
     "m2": "prosqa_m2_nocot.yaml",
@@ -177,27 +171,40 @@ def data_checks(folder: Path) -> list[Check]:
             continue
         rows = len(json.loads((folder / name).read_text()))
         checks.append(Check(f"rows of {name}", str(rows), f"= {size}", ok=rows == size))
-    checks += [_ood_check(_ood_path(folder, name), *rule) for name, rule in OOD_SETS.items()]
-    swapped = sorted([*folder.glob("swap_official*.json"), *folder.glob("ood/swap_official*.json")])
-    return checks + [_ood_check(path, None, (1, 6), False) for path in swapped if "stats" not in path.name]
+    return checks + set_checks(folder)
 
 
-def _ood_path(folder: Path, name: str) -> Path:
-    nested = folder / "ood" / f"{name}.json"
-    return nested if nested.is_file() else folder / f"{name}.json"
+def set_checks(folder: Path) -> list[Check]:
+    """The invariants of the evaluation sets in `folder` or its folder `ood`.
+
+    What a set must be is looked up in the preset that the sidecars name (prosqa without sidecars), not in the sidecars.
+    """
+    places = [place for place in (folder / "ood", folder) if place.is_dir()]
+    sidecars = [path for place in places for path in sorted(place.glob("*.stats.json"))]
+    named = [name for path in sidecars if (name := json.loads(path.read_text()).get("preset"))]
+    if named and named[0] not in PRESETS:
+        return [missing("evaluation sets", "sound rows", f"the preset {named[0]!r} in data/ood_sets.py")]
+    preset = PRESETS[named[0] if named else "prosqa"]
+    paths = {name: folder / f"{name}.json" for name in preset.sets if name != SWAP_OFFICIAL}
+    for place in reversed(places):  # files in `ood` come first
+        found = [path for path in sorted(place.glob("*.json")) if not path.name.endswith(".stats.json")]
+        paths |= {path.stem: path for path in found if preset.set_of(path.stem)}
+    return [_set_check(path, preset.set_of(name), preset) for name, path in paths.items()]
 
 
-def _ood_check(path: Path, size: int | None, hops: tuple[int, int], two_chain: bool) -> Check:
-    name, rule = f"{path.stem} invariants", f"{size or 'all'} sound rows"
+def _set_check(path: Path, spec: EvalSet, preset: Preset) -> Check:
+    name, rule = f"{path.stem} invariants", f"{spec.rows or 'all'} sound rows"
     if not path.is_file():
         return missing(name, rule, f"{path.parent.name}/{path.name} (data/ood.py)")
-    rows = json.loads(path.read_text())
-    for i, row in enumerate(rows):
-        try:
-            check_row(row, hops=hops, two_chain=two_chain)
-        except ValueError as error:
-            return Check(name, f"row {i} unsound", rule, ok=False, n=len(rows), detail=str(error))
-    return Check(name, f"{len(rows)} sound", rule, ok=len(rows) == (size or len(rows)), n=len(rows))
+    sidecar = path.with_suffix(".stats.json")
+    try:
+        if sidecar.is_file() and json.loads(sidecar.read_text()).get("sha256") != sha256(path.read_bytes()).hexdigest():
+            raise ValueError(f"{path.name} is not the file that {sidecar.name} describes")
+        rows = read_rows(path)
+        check_set(rows, spec, path.name, preset)
+    except ValueError as error:
+        return Check(name, "unsound", rule, ok=False, detail=str(error))
+    return Check(name, f"{len(rows)} sound", rule, ok=True, n=len(rows))
 
 
 def config_checks(folder: Path, models: tuple[str, ...]) -> list[Check]:

@@ -13,18 +13,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/summary.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scipy.stats import binomtest  # noqa: E402
-
 from analysis.figures import training_curves  # noqa: E402
+from analysis.stats import wilson as level  # noqa: E402
 from utils import read_jsonl, whole_file, write_json  # noqa: E402
 
 COLUMNS = ("model", "feedback", "latents", "set", "exact match", "95 % interval", "by steps", "tokens/question", "train s")
-
-
-def level(correct: int, n: int) -> dict:
-    """{"correct", "n", "accuracy", "ci95"}, the Wilson interval, as fractions."""
-    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    return {"correct": correct, "n": n, "accuracy": correct / n, "ci95": [interval.low, interval.high]}
 
 
 def read_run(folder: Path, test_records: str) -> dict:

@@ -78,9 +78,11 @@ SPECIES = [
     "zhorpus",
     "zumpus",
 ]
-COUNT_RANGES = {"persons": (2, 6), "nodes": (17, 28), "edges": (22, 54)}  # keeps prompts as long as in training
 
 Row = dict
+Counts = dict[str, tuple[int, int]]  # inclusive ranges of "persons", "nodes", "edges"
+
+COUNT_RANGES: Counts = {"persons": (2, 6), "nodes": (17, 28), "edges": (22, 54)}  # keeps prompts as long as in training
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs
@@ -151,10 +153,10 @@ class Graph:
                     order.append(child)
         return len(order) == self.n
 
-    def count_error(self) -> str | None:
-        """What lies outside COUNT_RANGES, in words; None if all is well."""
+    def count_error(self, ranges: Counts = COUNT_RANGES) -> str | None:
+        """What lies outside `ranges`, in words; None if all is well."""
         for what, found in {"persons": len(self.persons), "nodes": self.n, "edges": len(self.edges)}.items():
-            low, high = COUNT_RANGES[what]
+            low, high = ranges[what]
             if not low <= found <= high:
                 return f"{found} {what}, allowed are {low} to {high}"
         return None
@@ -176,9 +178,12 @@ class Growth:
         self.depth.append(min((self.depth[p] + 1 for p in parents), default=0) if depth is None else depth)
         return len(self.parents) - 1
 
-    def add_free(self, rng: random.Random, lam: float, closed: Sequence[int] = ()) -> int:
-        """Add a node with Poisson(lam) parents from under root 0 alone (.35), root 1 alone (.45) or anywhere (.20)."""
-        k, u = poisson(rng, lam), rng.random()
+    def add_free(self, rng: random.Random, lam: float, closed: Sequence[int] = (), least: int = 0) -> int:
+        """Add a node with Poisson(lam) parents from under root 0 alone (.35), root 1 alone (.45) or anywhere (.20).
+
+        No node of `closed` becomes a parent; with `least` 1 the node has a parent, so that it is no person.
+        """
+        k, u = max(least, poisson(rng, lam)), rng.random()
         wanted = 1 if u <= 0.35 else 2 if u <= 0.80 else None
         pool = [v for v, label in enumerate(self.label) if wanted in (None, label) and v not in closed]
         return self.add(self.pick(rng, pool, k))

@@ -22,9 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 if __package__:
-    from .prosqa_graph import NAMES, SPECIES, Graph, Row, parse_question, question_key, sentence
+    from .prosqa_graph import COUNT_RANGES, NAMES, SPECIES, Counts, Graph, Row, parse_question, question_key, sentence
 else:  # imported by a script that was run as `python data/...`
-    from prosqa_graph import NAMES, SPECIES, Graph, Row, parse_question, question_key, sentence
+    from prosqa_graph import COUNT_RANGES, NAMES, SPECIES, Counts, Graph, Row, parse_question, question_key, sentence
 
 KEYS = ("question", "answer", "steps", "idx_to_symbol", "edges", "root", "target", "neg_target")
 SPLITS = ("train", "valid", "test")
@@ -34,11 +34,11 @@ MAX_DRAWS = 20_000  # draws of one row before its conditions are called unsatisf
 # ------------------------------------------------------------------------------------------------------ invariants
 
 
-def check_row(row: Row, *, counts: bool = False, hops: tuple[int, int] | None = None, two_chain: bool = False) -> None:
+def check_row(row: Row, *, counts: bool | Counts = False, hops: tuple[int, int] | None = None, two_chain: bool = False) -> None:
     """ValueError unless the row is a sound ProsQA problem.
 
-    counts: persons, nodes and edges lie in COUNT_RANGES; hops: inclusive range of the reasoning steps; two_chain: both
-    options are equally far from their own roots and out of reach of the other root.
+    counts: persons, nodes and edges lie in these ranges (True: in COUNT_RANGES); hops: inclusive range of the reasoning
+    steps; two_chain: both options are equally far from their own roots and out of reach of the other root.
     """
     missing = [key for key in KEYS if key not in row]
     if missing:
@@ -53,7 +53,7 @@ def check_row(row: Row, *, counts: bool = False, hops: tuple[int, int] | None = 
     _check_graph(graph, symbols)
     if graph.persons[:2] != [0, 1]:
         raise ValueError("nodes 0 and 1 must be persons, without parents")
-    if counts and (error := graph.count_error()):
+    if counts and (error := graph.count_error(COUNT_RANGES if counts is True else counts)):
         raise ValueError(error)
     _check_text(row, graph)
     _check_steps(row, graph, hops)
@@ -184,6 +184,11 @@ TEXT_RULES: dict[str, Callable[[list[str], tuple[str, str], str], float]] = {
 }
 
 
+def credit(correct: float, wrong: float) -> float:
+    """1 where the rule's score is larger for the correct option, 0 where it is smaller, 0.5 for a tie."""
+    return 1.0 if correct > wrong else 0.5 if correct == wrong else 0.0
+
+
 def baselines(rows: Sequence[Row]) -> dict[str, float]:
     """Percent of the rows that each rule blind to the person asked gets right; a tie counts half.
 
@@ -198,8 +203,8 @@ def baselines(rows: Sequence[Row]) -> dict[str, float]:
         scores = {name: (rule(graph, target), rule(graph, wrong)) for name, rule in RULES.items()}
         for name, rule in TEXT_RULES.items():
             scores[name] = rule(words, options, symbols[target]), rule(words, options, symbols[wrong])
-        for name, (correct, incorrect) in scores.items():
-            points[name] += 1.0 if correct > incorrect else 0.5 if correct == incorrect else 0.0
+        for name, pair in scores.items():
+            points[name] += credit(*pair)
         for k in (3, 4, 5):
             points[f"search {k} hops back"] += 1.0 if len(row["steps"]) <= k else 0.5
     return {name: 100 * total / len(rows) for name, total in points.items()}
@@ -224,20 +229,23 @@ def table(found: dict[str, float], official: dict[str, float] | None = None, dec
 
 
 def draw_rows(
-    draw: Callable[[random.Random], Row | None], size: int, seed: int, split: str, seen: set[str]
+    draw: Callable[[random.Random], Row | list[Row] | None], size: int, seed: int, split: str, seen: set[str]
 ) -> tuple[list[Row], int]:
     """`size` rows and the number of draws they took. `draw` returns a row or None (rejected).
 
     Row i depends on (seed, split, i, attempt) only. A problem whose key is in `seen` is drawn again; `seen` grows.
+    Where `draw` returns lists (pairs, say), `size` counts lists, and each is kept or drawn again as a whole.
     """
     rows, draws = [], 0
     for i in tqdm(range(size), desc=split, unit="row", disable=not sys.stderr.isatty()):
         for attempt in range(MAX_DRAWS):
             draws += 1
-            row = draw(random.Random(f"{seed} {split} {i} {attempt}"))
-            if row and (key := question_key(row["question"])) not in seen:
-                seen.add(key)
-                rows.append(row)
+            drawn = draw(random.Random(f"{seed} {split} {i} {attempt}"))
+            group = [drawn] if isinstance(drawn, dict) else drawn or []
+            keys = {question_key(row["question"]) for row in group}
+            if group and len(keys) == len(group) and not keys & seen:
+                seen |= keys
+                rows += group
                 break
         else:
             raise ValueError(f"{split} row {i}: no new row in {MAX_DRAWS} draws; loosen the conditions or ask for fewer")
@@ -282,13 +290,17 @@ def make_splits(
             print(table(sidecar["baselines"], official[1], decimals=1))
 
 
-def write_rows(path: Path, rows: list[Row], parameters: dict) -> dict:
-    """Write the rows as one line of JSON, as the official files are, and `<stem>.stats.json`; return the latter."""
+def write_rows(path: Path, rows: list[Row], parameters: dict, **more) -> dict:
+    """Write the rows as one line of JSON, as the official files are, and `<stem>.stats.json`; return the latter.
+
+    The sidecar holds statistics, baselines, the file's SHA-256, the parameters, and `more` at its top level.
+    """
     text = json.dumps(rows)
     sidecar = {
         "file": path.name,
         "rows": len(rows),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        **more,
         "parameters": parameters,
         "statistics": statistics(rows),
         "baselines": baselines(rows),
@@ -318,14 +330,19 @@ def read_rows(path: Path) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line, as for every other mistake
+class Parser(argparse.ArgumentParser):
+    """Shows the module's docstring as it stands, and a mistake in one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
         self.exit(2, f"error: {message}; see --help\n")
 
 
 def parser(doc: str, sizes: Sequence[int], out: str) -> argparse.ArgumentParser:
     """The options that all generators share, with these defaults."""
-    made = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(doc)
     made.add_argument("--out", default=out, help=f"folder to write to (default: {out})")
     made.add_argument(
         "--sizes", type=int, nargs=3, default=sizes, metavar=("TRAIN", "VALID", "TEST"), help="rows of the three splits"

@@ -108,6 +108,17 @@ def draw_row(rng: random.Random, spec: TwoChain) -> pg.Row | None:
     return pg.make_row(rng, graph, symbols, facts, root, ends[root], rng.sample(ends, 2))
 
 
+def draw_pair(rng: random.Random, spec: TwoChain) -> list[pg.Row] | None:
+    """Two rows with the same facts and options, each root asked once; None if the draw does not meet the conditions."""
+    drawn = draw_graph(rng, spec)
+    if drawn is None:
+        return None
+    graph, ends = drawn
+    symbols, facts = pg.dress(rng, graph, pg.NAMES[: spec.names], pg.SPECIES[: spec.species])
+    options = rng.sample(ends, 2)
+    return [pg.make_row(rng, graph, symbols, facts, root, ends[root], options) for root in rng.sample((0, 1), 2)]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = pr.parser(__doc__, sizes=(40000, 300, 500), out="data/quickstart")
     parser.add_argument("--hops", type=int, nargs=2, default=(2, 3), metavar=("LOW", "HIGH"), help="chain lengths")

@@ -118,7 +118,8 @@ def test_ranks_share_all_records(make_run, rows, capsys, size):
     for got in Ranks(size).each(records):
         assert [r["idx"] for r in got] == list(range(N_ROWS))
         for mine, one in zip(got, expected):
-            assert mine == one | {key: pytest.approx(one[key], abs=1e-9) for key in one if "logp" in key or key in ("margin", "two_choice_ce")}
+            numbers = [key for key in one if "logp" in key or key in ("margin", "two_choice_ce")]
+            assert mine == one | {key: pytest.approx(one[key], abs=1e-9) for key in numbers}
     lines = re.findall(r"^Device (\d+): Cor=(\d+), CoT=(\d+), Total=(\d+)$", capsys.readouterr().out, re.M)
     assert sorted(int(line[0]) for line in lines) == list(range(size))
     assert sum(int(line[3]) for line in lines) == N_ROWS

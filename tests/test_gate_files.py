@@ -2,6 +2,7 @@
 
 import json
 import math
+from hashlib import sha256
 
 import pytest
 import torch
@@ -133,11 +134,49 @@ def test_gate_0_sizes_and_sets(tmp_path, shared_data):
     (tmp_path / "prosqa_valid.json").write_text(json.dumps(rows))
     (tmp_path / "prosqa_test.json").write_text(json.dumps(rows))
     (tmp_path / "ood_7hop.json").write_text(json.dumps(rows[:5]))
+    (tmp_path / "swap_official_mine.json").write_text(json.dumps(rows))
     found = {check.name: check for check in gate_files.data_checks(tmp_path)}
     assert found["rows of prosqa_valid.json"].ok and found["rows of prosqa_train.json"].ok is None
     assert found["rows of prosqa_test.json"].ok is False, "300 rows are not 500"
-    assert found["ood_7hop invariants"].ok is False, "official rows have 3 to 6 hops"
-    assert found["ood_7hop invariants"].detail
+    assert found["ood_7hop invariants"].ok is False and "5 rows, must be 1000" in found["ood_7hop invariants"].detail
+    assert found["swap_official_mine invariants"].ok and found["swap_official_mine invariants"].n == 300
+    assert found["ood_dag invariants"].ok is None and "(data/ood.py)" in found["ood_dag invariants"].value
+
+
+def test_gate_0_holds_sets_to_the_preset_they_name(tmp_path):
+    """Sound quickstart sets pass; one whose rows, or whose sidecar, was changed does not."""
+    from data.ood import make_sets
+    from data.ood_sets import QUICKSTART
+
+    make_sets(QUICKSTART, tmp_path / "ood", names=["swap_pairs", "ood_4hop"])
+    found = {check.name: check for check in gate_files.set_checks(tmp_path)}
+    assert {name: check.ok for name, check in found.items() if check.ok is not None} == {
+        "swap_pairs invariants": True,
+        "ood_4hop invariants": True,
+    }
+    assert found["ood_5hop invariants"].ok is None and "ood_7hop invariants" not in found
+
+    pairs, side = tmp_path / "ood/swap_pairs.json", tmp_path / "ood/swap_pairs.stats.json"
+    rows = json.loads(pairs.read_text())
+    pairs.write_text(json.dumps([*rows[2:4], *rows[:2], *rows[4:]]))
+    assert _detail(tmp_path, "swap_pairs") == "swap_pairs.json is not the file that swap_pairs.stats.json describes"
+    side.unlink()
+    assert "row 0: pair_id and member are (1, 0), must be (0, 0)" in _detail(tmp_path, "swap_pairs")
+    deep, side = tmp_path / "ood/ood_4hop.json", tmp_path / "ood/ood_4hop.stats.json"
+    sidecar = json.loads(side.read_text())
+    deep.write_text(json.dumps(rows))
+    text = deep.read_bytes()
+    side.write_text(json.dumps(sidecar | {"hops": [1, 3], "sha256": sha256(text).hexdigest()}))
+    assert "nodes, allowed are 10 to 10" in _detail(tmp_path, "ood_4hop"), "the preset decides, not the sidecar"
+    side.write_text(json.dumps({"preset": "mine"}))
+    (check,) = gate_files.set_checks(tmp_path)
+    assert check.ok is None
+
+
+def _detail(folder, name: str) -> str:
+    (check,) = (check for check in gate_files.set_checks(folder) if check.name == f"{name} invariants")
+    assert check.ok is False
+    return check.detail
 
 
 def test_gate_0_configs(tmp_path):

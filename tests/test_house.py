@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "training": CORE | {"checkpoint", "evaluate"},
     "run": CORE | {"checkpoint", "evaluate", "training"},
     "data": {"data"},
-    "analysis": CORE | {"checkpoint", "evaluate", "data", "analysis"},
+    "analysis": CORE | {"checkpoint", "evaluate", "two_choice", "data", "analysis"},
     "benchmarks": CORE | {"checkpoint", "evaluate", "training", "data", "run", "analysis"},
 }
 SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]

@@ -285,6 +285,15 @@ def test_problem_drawn_before_is_drawn_again():
     assert all(row not in first for row in second)
 
 
+def test_list_of_rows_is_kept_or_drawn_again_as_a_whole(generated):
+    first, second, third = generated[:3]
+    seen = {prosqa_graph.question_key(third["question"])}
+    draws = iter([[first, third], [first, first], None, [], [first, second]])  # seen before, twice the same, rejected
+    rows, taken = prosqa_rows.draw_rows(lambda rng: next(draws), 1, 0, "train", seen)
+    assert rows == [first, second] and taken == 5
+    assert seen == {prosqa_graph.question_key(row["question"]) for row in (first, second, third)}
+
+
 def test_existing_files_are_kept_unless_forced(tmp_path):
     theirs = tmp_path / "prosqa_valid.json"
     theirs.write_text("official")

@@ -131,7 +131,8 @@ def test_epochs_by_name(tiny_runs, tmp_path):
 def test_places_of_a_question(backbone):
     tokenizer = load_tokenizer(f"backbones/{backbone}")
     row = {
-        "question": "Every felpus is a bompus. Stella is a felpus. Wren is a gerpus. Every gerpus is a boompus. Is Wren a boompus or bompus?",
+        "question": "Every felpus is a bompus. Stella is a felpus. Wren is a gerpus. Every gerpus is a boompus. "
+        "Is Wren a boompus or bompus?",
         "steps": ["Wren is a gerpus.", "Every gerpus is a boompus."],
     }
     places, words = Places.of(row, tokenizer), tokenizer.convert_ids_to_tokens(tokenizer(row["question"] + "\n")["input_ids"])

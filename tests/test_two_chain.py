@@ -1,6 +1,7 @@
 """Two-chain generator: fair options, the ranges asked for, and no problem in two splits."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_out_of_distribution_settings(hops, nodes, lam, condition):
     for row in rows:
         ends = (row["target"], row["neg_target"])
         assert condition(Graph(len(row["idx_to_symbol"]), row["edges"]), ends[::-1] if row["root"] else ends)
+
+
+def test_pair_asks_each_root_once_in_either_order():
+    rows = draw_rows(lambda rng: two_chain.draw_pair(rng, QUICKSTART), 50, 0, "pairs", set())[0]
+    check_rows(rows, "rows", hops=(2, 3), two_chain=True)
+    assert len(rows) == 100 and {row["root"] for row in rows[::2]} == {0, 1}
+    for first, second in zip(rows[::2], rows[1::2]):
+        names = [row["idx_to_symbol"][row["root"]] for row in (first, second)]
+        assert first["root"] != second["root"] and first["target"] == second["neg_target"]
+        assert first["question"].replace(f"Is {names[0]}", f"Is {names[1]}") == second["question"]
+    assert {row["question"].endswith(f" {row['idx_to_symbol'][row['target']]}?") for row in rows[::2]} == {True, False}
+    impossible = TwoChain((2, 3), None, (6, 8), species=12, accept=lambda graph, ends: False)
+    assert two_chain.draw_pair(random.Random(0), impossible) is None
 
 
 def test_hop_weights_and_vocabulary():
