@@ -68,7 +68,7 @@ def _corruption_curves(axes: Axes, summary: dict, key: str, suffix: str, title: 
         clean = spread([r.get("clean_accuracy") for r in found])
         points = [clean, *(spread(levels) for levels in zip(*curves))]
         curve(axes, model, range(-1, len(points) - 1), points)
-        counts += [level.get("n") for levels in curves for level in levels]
+        counts += [level.get("n") for levels in curves for level in levels if level]
         seeds = max(seeds, len(curves))
     if not counts:
         return empty(axes, title, f"not measured\n{make(summary, 'corruption')}")
@@ -142,7 +142,7 @@ def _psr_curves(axes: Axes, summary: dict, shown: list[str], layer: str, kind: s
         sigmas = sorted(found[0], key=float)
         curve(axes, model, [float(s) for s in sigmas], [spread([levels.get(s) for levels in found]) for s in sigmas])
         at = sorted({*at, *map(float, sigmas)})
-        counts += [level.get("n") for levels in found for level in levels.values()]
+        counts += [level.get("n") for levels in found for level in levels.values() if level]
         seeds = max(seeds, len(found))
     if not counts:
         text = f"{', '.join(shown)}: no such noise, the state is the same in every row" if shown else "not measured"

@@ -270,7 +270,7 @@ class Experiment:
                     made = self.measure(task, ready, part, numbers)
                     assert len(made) == len(numbers), "one record a row"
                     for number, record in zip(numbers, made):
-                        kept[part, number] = {"part": part, "idx": number, **record}
+                        kept[part, number] = {**record, "part": part, "idx": number}
                     file.writelines(json.dumps(kept[part, number]) + "\n" for number in numbers)
                     file.flush()
                     bar.update(len(numbers))
