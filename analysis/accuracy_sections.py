@@ -73,12 +73,13 @@ def _comparisons(summary: dict) -> Section:
     section.blocks.append(Text(texts()["accuracy"]["comparisons"]))
     for pair, found in summary["comparisons"].items():
         title = f"{pair.replace(' - ', ' − ')}: {found['meaning']}"
-        rows = [_seeds_row(name, one) for name, one in found["sets"].items()]
+        sets = sorted(found["sets"].items(), key=lambda item: gathered.set_order(item[0], item[1]["kind"]))
+        rows = [_seeds_row(name, one) for name, one in sets]
         columns = ["set", "seeds", "difference", "95 %", "p", "p Holm", "noise floor", "90 %", "margin", "same"]
         section.blocks.append(Table(title, columns, rows, words=(0, 9)))
-        repeats = list(dict.fromkeys(repeat for one in found["sets"].values() for repeat in one["rows"]))
+        repeats = list(dict.fromkeys(repeat for _, one in sets for repeat in one["rows"]))
         if repeats:
-            rows = [_rows_row(name, one["rows"], repeats) for name, one in found["sets"].items()]
+            rows = [_rows_row(name, one["rows"], repeats) for name, one in sets]
             columns = ["row by row", "n", *(text for repeat in repeats for text in (f"repeat {repeat}", "p Bonferroni"))]
             section.blocks.append(Table("", columns, rows))
     if not summary["comparisons"]:

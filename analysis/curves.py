@@ -50,7 +50,7 @@ def corruption(summary: dict) -> Figure:
         for column, (key, title) in enumerate(DIRECTIONS):
             _corruption_curves(axes[row, column], summary, key, suffix, f"{title} ({chain})")
         axes[row, 0].set_ylabel("exact match (%)")
-    flips = (("permutation_flip_rate", "Any of 10 orders"), ("swap_follow_rate", "Other person's thoughts"))
+    flips = (("permutation_flip_rate", "Any other order tried"), ("swap_follow_rate", "Other person's thoughts"))
     for row, (key, title) in enumerate(flips):
         _rates(axes[row, 3], summary, key, title, "answers that change (%)" if not row else "answers that follow (%)")
     legend(figure, axes[0, 0])
@@ -248,8 +248,7 @@ def _forest(axes: Axes, found: list[Finding], title: str, unit: str) -> None:
     axes.set_yticks(range(len(found)), [f.label for f in reversed(found)])
     axes.set_ylim(-0.7, len(found) - 0.3)
     axes.tick_params(axis="y", length=0)
-    counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-    note = f"n = {counted} seeds; thick 90 %, thin 95 % interval; dotted: thresholds; grey: noise floor abs(m4b − m5)"
+    note = f"{rows_text(seeds)} seed{'' if seeds == [1] else 's'}; thick 90 %, thin 95 % interval; dotted: thresholds; grey: noise floor abs(m4b − m5)"
     panel(axes, title, note, unit)
     extent = [x for f in found for x in [*(f.ci95 or []), f.value, *f.thresholds] if x is not None]
     most = 1.1 * max([1e-9, *map(abs, extent)])

@@ -140,10 +140,15 @@ def empty(axes: Axes, title: str, reason: str) -> None:
     axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     for spine in axes.spines.values():
         spine.set(visible=True, color=LINE, linestyle=(0, (3, 3)))
-    width = max(24, int(13 * axes.figure.get_figwidth() / axes.get_gridspec().ncols))  # characters
+    width = max(24, int(17 * inches(axes)))  # characters
     text = "\n".join(fill(part, width, break_long_words=False, break_on_hyphens=False) for part in reason.split("\n"))
     said = axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=7.5, color=MUTED, linespacing=1.5)
     said.set_in_layout(False)
+
+
+def inches(axes: Axes) -> float:
+    """About how wide a panel will be."""
+    return axes.get_position().width * axes.figure.get_figwidth()
 
 
 def reference(axes: Axes, percent: float, text: str = "") -> None:

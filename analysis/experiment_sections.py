@@ -199,7 +199,7 @@ def _tracing(summary: dict) -> list:
             where = (
                 f"layer {group['peak_layer']}, {group['peak_label']}" if effect is not None else group.get("reason") or NOTHING
             )
-            valid = yes_no(group["valid"], no="bad") if "valid" in group else Cell(NOTHING, "muted")
+            valid = yes_no(group["valid"], no="bad") if group.get("valid") is not None else Cell(NOTHING, "muted")
             total_text = (
                 f"{number(total.get('value'), 2)} ({interval(total.get('ci95'), digits=2)})"
                 if total.get("value") is not None

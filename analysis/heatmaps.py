@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from analysis.drawing import INK, LINE, MUTED, PAPER, empty, panel, rows_text, sheet, styled, title_of
+from analysis.drawing import INK, LINE, MUTED, PAPER, empty, inches, panel, rows_text, sheet, styled, title_of
 from analysis.gathered import make, repeats
 
 SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
@@ -31,7 +31,7 @@ def grid(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str = SE
         axes.plot([x + 0.3, x + 0.7], [y + 0.3, y + 0.7], color=MUTED, lw=0.6)
     if values.size <= MOST_NUMBERS:
         texts = [form.format(value) for value in values[np.isfinite(values)]]
-        width = 58 * axes.figure.get_figwidth() / axes.get_gridspec().ncols / columns  # of a cell, in points
+        width = 80 * inches(axes) / columns  # of a cell, in points
         size = min(7.5, max(4.0, width / (0.7 * max(map(len, texts), default=1))))
         for y, x in zip(*np.nonzero(np.isfinite(values))):
             red, green, blue, _ = colours(scale(values[y, x]))
@@ -131,7 +131,7 @@ TRACED = ("m1", "m3", "m4b", "m5")
 @styled
 def effects(summary: dict) -> Figure:
     """Share of the total effect that one restored state brings back, by layer and position, at thoughts (m1: its own steps)."""
-    figure, axes = sheet(1, len(TRACED), height=3.5)
+    figure, axes = sheet(1, len(TRACED), height=3.5, width_ratios=(2, 1, 1, 1))  # m1 has more positions
     for column, model in enumerate(TRACED):
         found = [r.get("groups", {}).get("thoughts") for r in repeats(summary, "causal_tracing", model)]
         _effect(axes[0, column], summary, model, [group for group in found if group])

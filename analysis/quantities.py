@@ -120,7 +120,7 @@ QUANTITIES = {
     "permutation_flips": Spec(
         "corruption",
         "points",
-        "rows whose answer changes under any of 10 orders of the thoughts",
+        "rows whose answer changes under any of the orders tried of its thoughts",
         level_at("permutation_flip_rate"),
     ),
     "swap_transplant_drop": Spec(

@@ -85,18 +85,24 @@ def shortcuts(summary: dict) -> Section:
 
 
 def _shortcut_text(sets: dict[str, dict]) -> str:
-    official = texts()["shortcuts"]["official"]
-    test = sets.get("test")
-    found = {rule: x for rule, x in ((test or {}).get("shortcut_baselines") or {}).items() if rule in DEPTH_RULES}
+    """What the rules say of this study's test rows, and of the official ones."""
+    official, test = texts()["shortcuts"]["official"], sets.get("test") or {}
+    baselines = test.get("shortcut_baselines") or {}
+    found = {rule: x for rule, x in baselines.items() if rule in DEPTH_RULES}
     if not found:
         return official
     rule, right = max(found.items(), key=lambda item: item[1])
-    here = f"On the {test['n']:,} test rows of this study the rule “{rule}” is right in {right:.1f} %"
+    here = (
+        f"On the {test['n']:,} test rows of this study the rule “{rule}” is right in {right:.1f} % without reading who is asked"
+    )
     if right >= 75:
-        return f"{here}: whoever only takes the deeper option scores that without reading who is asked. {official}"
-    if abs(right - 50) <= 5:
-        return f"{here}: a coin. Depth gives nothing away in these data, which decides how accuracies may be read. {official}"
-    return f"{here}. {official}"
+        published = gathered.anchors()["draw"]["coconut"]["m3"][0]
+        return (
+            f"{here}. The {published:.1f} % published for COCONUT are {published - right:.1f} points more than that. {official}"
+        )
+    best, most = gathered.strongest_shortcut(baselines)
+    coin = ", a coin's share" if abs(right - 50) <= 5 else ""
+    return f"{here}{coin}; the best of all rules that ignore the person (“{best}”) is right in {most:.1f} %. {official}"
 
 
 def _mean_of(summary: dict, name: str, model: str) -> str:

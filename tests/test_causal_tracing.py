@@ -4,7 +4,7 @@ import json
 
 import pytest
 from stub_model import SOLVED, Wiring, stub_subject, task_of, write_problems
-from tracing_material import rows_it_gets_right
+from tracing_material import rows_it_gets_right, states_of_another_run
 
 from analysis import causal_sanity, causal_tracing, tracing
 from analysis.causal_tracing import EXPERIMENT
@@ -154,10 +154,7 @@ def test_real_checkpoints_of_both_kinds(main, tmp_path):
 
 def test_a_broken_instrument_leaves_no_result(main, tmp_path, monkeypatch):
     gate(tmp_path, True)
-    restore = tracing.Chunk.restore
-    monkeypatch.setattr(
-        tracing.Chunk, "restore", lambda self, layer, row_I, which_IK: restore(self, layer, row_I.flip(0), which_IK)
-    )
+    monkeypatch.setattr(tracing.Chunk, "restore", states_of_another_run)
     assert main("m3") == 1
     assert not (tmp_path / "causal_tracing" / "m3_causal_tracing.json").exists()
     assert (tmp_path / "causal_tracing" / "m3_causal_tracing.failed.json").exists()
