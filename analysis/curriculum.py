@@ -108,7 +108,7 @@ def shared_start(run: Run) -> tuple[Path | None, list[dict]]:
     folder = path.parent if path.name.startswith("checkpoint_") else path
     places = [folder] + ([run.folder.parent / folder.name] if run.folder else [])
     folder = next((place for place in places if (place / "metrics.jsonl").is_file()), None)
-    if folder is None:
+    if folder is None or (run.folder and folder.samefile(run.folder)):  # a run that goes on has its own epochs
         return None, []
     return folder, [{**e, "trained_by": folder.name} for e in epochs_of(Run(run.model, folder=folder)) if e["epoch"] < done]
 
@@ -120,7 +120,7 @@ def curve_of(run: Run) -> dict | None:
     own, (folder, before) = epochs_of(run), shared_start(run)
     if not own:
         return None
-    epochs = [e for e in before if e["epoch"] < own[0]["epoch"]] + own
+    epochs = before + own
     n, thinks = {e["accuracy"]["n"] for e in epochs}, run.model in WITH_THOUGHTS
     return {
         "schema_version": SCHEMA_VERSION,

@@ -248,7 +248,8 @@ def _forest(axes: Axes, found: list[Finding], title: str, unit: str) -> None:
     axes.set_yticks(range(len(found)), [f.label for f in reversed(found)])
     axes.set_ylim(-0.7, len(found) - 0.3)
     axes.tick_params(axis="y", length=0)
-    note = f"{rows_text(seeds)} seed{'' if seeds == [1] else 's'}; thick 90 %, thin 95 % interval; dotted: thresholds; grey: noise floor abs(m4b − m5)"
+    intervals = "thick 90 %, thin 95 % interval; dotted: thresholds; grey: noise floor abs(m4b − m5)"
+    note = f"{rows_text(seeds)} seed{'' if seeds == [1] else 's'}; {intervals}"
     panel(axes, title, note, unit)
     extent = [x for f in found for x in [*(f.ci95 or []), f.value, *f.thresholds] if x is not None]
     most = 1.1 * max([1e-9, *map(abs, extent)])

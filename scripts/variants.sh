@@ -59,7 +59,7 @@ tf32 m1_cot tf32=True max_steps=200
 END
 for iterations in 1 2 3; do # the float32 model as it is, thinking in parallel
     "$PYTHON" run.py args/quickstart_m3_coconut.yaml "save_path=$root/parallel-$iterations-untrained" \
-        "latent_iterations=$iterations" only_eval=True resume=9 load_model_path=runs/quickstart/m3_coconut/checkpoint_10 \
+        "latent_iterations=$iterations" only_eval=True resume=4 load_model_path=runs/quickstart/m3_coconut/checkpoint_5 \
         val_path=data/quickstart/prosqa_test.json >"$root/logs/parallel-$iterations-untrained.log" 2>&1
 done
 "$PYTHON" -m analysis.variants "$root" --reference runs/quickstart --out results/quickstart-variants

@@ -119,6 +119,13 @@ def test_epochs_of_a_shared_start_are_read_where_they_were_trained(tmp_path, as_
     assert found["started_from"] == str(start)
 
 
+def test_a_run_that_goes_on_from_its_own_checkpoint_has_no_epoch_twice(tmp_path):
+    folder = tmp_path / RUN_NAMES["m3"]
+    run_folder(tmp_path, "m3", [10, 20, 30], resume=2, load_model_path=str(folder / "checkpoint_2"))
+    found = curriculum.curve_of(Run("m3", folder=folder))
+    assert [e["epoch"] for e in found["epochs"]] == [0, 1, 2] and found["started_from"] is None
+
+
 def test_a_start_that_is_not_there_leaves_its_epochs_out(tmp_path):
     run_folder(tmp_path, "m3", [70], first=2, resume=2, load_model_path=str(tmp_path / "gone" / "checkpoint_2"))
     found = curriculum.curve_of(Run("m3", folder=tmp_path / RUN_NAMES["m3"]))

@@ -1,8 +1,8 @@
 """What all experiments share: gates before results, each row measured once, the same files after a kill, clear mistakes."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +11,7 @@ from conftest import ROOT
 from analysis import experiment as harness
 from analysis.experiment import Experiment, share
 from analysis.interventions import Patch
+from analysis.measure import EXPERIMENTS
 from analysis.self_checks import CheckFailed
 
 MEASURED = []
@@ -169,12 +170,18 @@ def test_a_study_names_its_checkpoints(command, tiny_runs, small_data, tmp_path)
     assert toy().main([*argv, "--models", "m4"]) == 2
 
 
-@pytest.mark.parametrize("module", ["ood", "corruption", "confidence", "token_count", "psr", "probing", "causal_tracing"])
+@pytest.mark.parametrize("module", EXPERIMENTS)
 @pytest.mark.parametrize("as_file", [False, True])
-def test_every_experiment_starts_both_ways(module, as_file):
-    how = [f"analysis/{module}.py"] if as_file else ["-m", f"analysis.{module}"]
-    shown = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and "--num_samples" in shown.stdout and "--study" in shown.stdout, shown.stderr
+def test_every_experiment_starts_both_ways(module, as_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "analysis") if as_file else str(ROOT), *sys.path[1:]])
+    with pytest.raises(SystemExit) as ended:
+        if as_file:
+            runpy.run_path(str(ROOT / "analysis" / f"{module}.py"), run_name="__main__")
+        else:
+            runpy.run_module(f"analysis.{module}", run_name="__main__", alter_sys=True)
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--num_samples" in shown and "--study" in shown
 
 
 def test_a_share_of_nothing_is_no_number():
