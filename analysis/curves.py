@@ -20,12 +20,14 @@ from analysis.drawing import (
     legend,
     look,
     panel,
+    reference,
     rows_text,
     sheet,
     spread,
     styled,
     title_of,
 )
+from analysis.flags import leaves
 from analysis.gathered import anchors, make, models, repeats
 
 SLOT_MODELS = ("m3", "m4", "m4b", "m5")
@@ -183,24 +185,18 @@ class Finding:
         return f"{self.quantity.split('/')[-1].replace('_', ' ')}: {' − '.join(self.n_seeds)}"
 
 
-def findings(condition: dict) -> list[dict]:
-    """The single conditions under a rule."""
-    parts = condition.get("parts")
-    return [leaf for part in parts for leaf in findings(part)] if parts else [condition]
-
-
 def evidence_of(verdict: dict) -> list[Finding]:
     """Every quantity that the rules read, once, with all its thresholds."""
     by_name: dict[tuple, list[dict]] = {}
     for rule in verdict["rules"].values():
-        for leaf in findings(rule["condition"]):
+        for leaf in leaves(rule["condition"]):
             by_name.setdefault((leaf["quantity"], tuple(leaf["models"])), []).append(leaf)
     found = []
-    for (quantity, who), leaves in by_name.items():
-        leaf = leaves[0]
+    for (quantity, who), same in by_name.items():
+        leaf = same[0]
         value = leaf.get("difference", leaf.get("mean"))
         floor = (leaf.get("noise_floor") or {}).get("value")
-        limits = tuple(sorted({float(x["threshold"]) for x in leaves if x.get("threshold")}))
+        limits = tuple(sorted({float(x["threshold"]) for x in same if x.get("threshold")}))
         seeds = {model: leaf["n_seeds"].get(model, 0) for model in who}
         found.append(Finding(quantity, leaf["unit"], value, leaf.get("ci95"), leaf.get("ci90"), floor, seeds, limits))
     return found
@@ -309,4 +305,6 @@ def _training_curves(axes: Axes, summary: dict, key: str, title: str, unit: str,
     for stage, epoch in stages.items():
         if stage:
             axes.axvline(epoch + 0.5, color=LINE, lw=1, zorder=0)
+    if percent:
+        reference(axes, 50, "a coin between the options")
     axes.xaxis.get_major_locator().set_params(integer=True)

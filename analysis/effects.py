@@ -22,7 +22,7 @@ from analysis.tracing import Group
 FLOOR = 0.5  # nats; a total effect whose interval reaches below is no effect to trace
 NO_EFFECT = "no effect to trace"
 STRONG = 0.3  # an effect that counts
-MIN_ROWS = 10  # a cell of fewer rows has no effect
+MIN_ROWS = 10  # nothing is said of fewer
 GATE = 0.01  # how far restoring all positions may be from 1, and restoring none from 0
 EPSILON = 0.01  # nats; rows whose margin moves less do not react
 ROUNDING = 1e-3  # an effect may lie outside [0, 1] by this much
@@ -74,25 +74,32 @@ def has_effect(total: dict) -> bool:
 
 @dataclass
 class Cells:
-    """Effects by layer and position, with intervals, and rows by position; None where fewer than 10 rows have the position."""
+    """Effects by layer and position, with intervals, and each position's rows and total effect.
+
+    None where fewer than 10 rows have the position, or these rows have no total effect to restore a share of.
+    """
 
     value: list[list[float | None]]
     ci95: list[list[list[float] | None]]
     n: list[int]
+    total: list[dict]
 
     @classmethod
     def of(cls, curves: list[list[list[float] | None]], clean: np.ndarray, corrupted: np.ndarray) -> "Cells":
         """`curves`: for each row and position the margin by layer, None where the row has no such position."""
-        columns = []
+        columns, totals, known = [], [], {}
+        depth = max(len(curve) for row in curves for curve in row if curve is not None)
         for position in zip(*curves):
             rows = [i for i, curve in enumerate(position) if curve is not None]
-            layers = np.array([position[i] for i in rows]).T if len(rows) >= MIN_ROWS else []
-            lower = clean[rows] - corrupted[rows]
-            columns.append([ratio_of_means(restored - corrupted[rows], lower) for restored in layers])
-        depth = max(map(len, columns), default=0)
-        columns = [column or [{"value": None, "ci95": None}] * depth for column in columns]
+            if tuple(rows) not in known:
+                known[tuple(rows)] = total_effect(clean[rows], corrupted[rows])
+            totals.append(known[tuple(rows)])
+            columns.append([{"value": None, "ci95": None}] * depth)
+            if len(rows) >= MIN_ROWS and has_effect(totals[-1]):
+                layers, lower = np.array([position[i] for i in rows]).T, clean[rows] - corrupted[rows]
+                columns[-1] = [ratio_of_means(restored - corrupted[rows], lower) for restored in layers]
         value, ci95 = ([[cell[key] for cell in layer] for layer in zip(*columns)] for key in ("value", "ci95"))
-        return cls(value, ci95, [sum(curve is not None for curve in position) for position in zip(*curves)])
+        return cls(value, ci95, [total["n"] for total in totals], totals)
 
     @property
     def filled(self) -> list[tuple[float, int, int]]:
@@ -108,12 +115,9 @@ class Cells:
         return float(np.mean([x > STRONG for x in best.values()])) if best else None
 
 
-RATIOS = (
-    *("mean_ce", "ce_ci95", "mean_ce_from_end", "ce_ci95_from_end", "position_counts_from_end", "mean_ce_all", "ce_ci95_all"),
-    *("peak_ce", "peak_ce_ci95", "peak_layer", "peak_position", "peak_label", "ce_above_03_fraction"),
-    *("ce_above_03_fraction_from_end", "ce_in_range_fraction", "ce_ci_meets_range_fraction"),
-    *("valid", "validity"),
-)
+RATIOS = """mean_ce ce_ci95 position_total_effect mean_ce_all ce_ci95_all mean_ce_from_end ce_ci95_from_end
+position_counts_from_end peak_ce peak_ce_ci95 peak_layer peak_position peak_label ce_above_03_fraction
+ce_above_03_fraction_from_end ce_in_range_fraction ce_ci_meets_range_fraction valid validity""".split()
 
 
 def summary(group: Group, records: list[dict]) -> dict:
@@ -145,9 +149,12 @@ def summary(group: Group, records: list[dict]) -> dict:
         return about | {"effect": None, "reason": NO_EFFECT}
     cells = Cells.of([r["restored"] for r in records], clean, corrupted)
     together = Cells.of([[r["all"]] for r in records], clean, corrupted)
-    peak, layer, position = max(cells.filled)
+    if not cells.filled:
+        return about | {"reason": f"no position of {MIN_ROWS} rows with an effect"}
+    peak, layer, position = max(cells.filled, key=lambda cell: cell[0])
     in_range = float(np.mean([-ROUNDING <= x <= 1 + ROUNDING for x, *_ in cells.filled]))
     intervals = [ci95 for row in cells.ci95 for ci95 in row if ci95]
+    meets = float(np.mean([low <= 1 and high >= 0 for low, high in intervals])) if intervals else None
     validity = {
         "clean above corrupted in > 80 % of rows": about["clean_gt_corrupt_fraction"] > 0.8,
         "effects in [0, 1] in > 95 % of cells": in_range > 0.95,
@@ -158,6 +165,7 @@ def summary(group: Group, records: list[dict]) -> dict:
         "reason": None,
         "mean_ce": cells.value,
         "ce_ci95": cells.ci95,
+        "position_total_effect": cells.total,
         "mean_ce_all": [layer[0] for layer in together.value],
         "ce_ci95_all": [layer[0] for layer in together.ci95],
         "peak_ce": peak,
@@ -167,9 +175,7 @@ def summary(group: Group, records: list[dict]) -> dict:
         "peak_label": about["position_labels"][position],
         "ce_above_03_fraction": cells.strong,
         "ce_in_range_fraction": in_range,
-        "ce_ci_meets_range_fraction": float(np.mean([low <= 1 and high >= 0 for low, high in intervals]))
-        if intervals
-        else None,
+        "ce_ci_meets_range_fraction": meets,
         "valid": all(validity.values()),
         "validity": validity,
     }
@@ -179,7 +185,9 @@ def summary(group: Group, records: list[dict]) -> dict:
     if several:
         end = Cells.of([_from_end(r["restored"]) for r in records], clean, corrupted)
     else:
-        end = Cells(*([layer[::-1] for layer in table] for table in (cells.value, cells.ci95)), cells.n[::-1])
+        end = Cells(
+            *([layer[::-1] for layer in table] for table in (cells.value, cells.ci95)), cells.n[::-1], cells.total[::-1]
+        )
     return about | {
         "mean_ce_from_end": end.value,
         "ce_ci95_from_end": end.ci95,

@@ -283,7 +283,16 @@ def _confidence(summary: dict) -> list:
             ]
             cells = [f"{one['n']:,}", *tested, p_text(one["p_bonferroni"]), Cell(one["higher"] or NOTHING, "strong")]
             rows.append([Cell(name, "head"), *cells])
-        columns = ["set", "n", "median difference", "Hodges–Lehmann", "rank-biserial", "z", "p Bonferroni", "surer"]
+        columns = [
+            "set",
+            "n",
+            "median difference",
+            "Hodges–Lehmann",
+            "rank-biserial",
+            "z",
+            "p Bonferroni",
+            "surer by rank sums",
+        ]
         tables.append(Table(f"{pair}: log P(right species), nats", columns, rows, words=(0, 7)))
     return tables
 
@@ -337,7 +346,7 @@ def _curriculum(summary: dict) -> list:
     for pair, one in summary["curriculum"].get("verification", {}).get("first_difference", {}).items():
         first, lasting = (NOTHING if one.get(key) is None else str(one[key] + 1) for key in ("epoch", "lasting_epoch"))
         floor = (one.get("noise_floor") or {}).get("value")
-        sizes = [signed(None if x is None else 100 * x) for x in (one.get("difference"), floor)]
+        sizes = [NOTHING if x is None else form(100 * x) for form, x in ((signed, one.get("difference")), (number, floor))]
         counts = rows_text([e["n"] for e in one.get("epochs", [])]).removeprefix("n = ")
         parted.append([Cell(pair.replace("-", " − "), "head"), counts, first, lasting, *sizes, one.get("reason") or ""])
     columns = ["model", "seeds", "n", "epochs", "stage", "last validation %", "training loss", "vector moved, L2"]

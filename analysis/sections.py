@@ -31,6 +31,7 @@ from analysis.blocks import (
     yes_no,
 )
 from analysis.drawing import rows_text, spread
+from analysis.flags import leaves, verdict_flags
 
 DEPTH_RULES = ("farther from the nearer of nodes 0 and 1", "farthest person is farther", "nearest person is farther")
 STATUS_TONES = {"PASS": "good", "CLEAR": "good", "FAIL": "bad", "RAISED": "bad", "NOT YET": "open", "NOT APPLICABLE": "muted"}
@@ -181,7 +182,7 @@ def _numbers(leaf: dict) -> str:
 def _quantities(found: dict) -> Section:
     """What the cells of the matrix were read from, by model and seed; further accuracies have their own section."""
     rules = [rule["condition"] for rule in found["rules"].values()]
-    read = {leaf["quantity"] for rule in rules for leaf in _leaves(rule)}
+    read = {leaf["quantity"] for rule in rules for leaf in leaves(rule)}
     quantities = {name: q for name, q in found["evidence"]["quantities"].items() if name in read or "/" not in name}
     models = [m for m in gathered.MODELS if any(m in q["values"] for q in quantities.values())]
     rows, gaps = [], []
@@ -207,32 +208,25 @@ def _quantities(found: dict) -> Section:
     return Section("evidence", "Evidence by model and seed", blocks)
 
 
-def _leaves(condition: dict) -> Iterator[dict]:
-    """The single conditions under a rule."""
-    if "parts" not in condition:
-        yield condition
-    for part in condition.get("parts", []):
-        yield from _leaves(part)
-
-
 # ---------------------------------------------------------------- 3: gates
 
 
 def gates(summary: dict) -> Section:
-    """Every gate as last judged, with values and thresholds; red flags apart."""
+    """Every gate as last judged, with values and thresholds; red flags apart, with those that follow from the verdict."""
     section, records = Section("gates", "Gates and red flags"), summary["gates"]
-    if not records:
-        command = f"python -m analysis.gates --gate all --logs {summary['folder']}/logs --out {summary['folder']}/gates.json"
-        section.blocks = [not_measured("No gate was judged yet.", command)]
-        return section
+    own = verdict_flags(summary["verdict"])
     flags = [record for record in records if str(record["gate"]).startswith("flag")]
     others = [record for record in records if record not in flags]
+    flags = [flag for flag in flags if flag["gate"] not in {one["gate"] for one in own}] + own
     reasons = list(dict.fromkeys(reason for record in records for reason in record.get("uncalibrated", [])))
     if reasons:
         section.blocks.append(Callout("Uncalibrated", [texts()["gates"]["uncalibrated"], *reasons], "open"))
-    section.blocks.append(_gate_table("Gates", "gate", others))
-    if flags:
-        section.blocks.append(_gate_table("Red flags", "flag", flags))
+    if others:
+        section.blocks.append(_gate_table("Gates", "gate", others))
+    else:
+        command = f"python -m analysis.gates --gate all --logs {summary['folder']}/logs --out {summary['folder']}/gates.json"
+        section.blocks.append(not_measured("No gate was judged yet.", command))
+    section.blocks.append(_gate_table("Red flags", "flag", flags))
     return section
 
 

@@ -8,16 +8,19 @@ report.html and report.md. Exit code: 0 done; 1 a gate stopped it or a job faile
 """
 
 import argparse
-import subprocess
+import io
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as `python analysis/study.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis import curriculum, gates, report, verdict  # noqa: E402
 from analysis.jobs import Job, run_jobs  # noqa: E402
 from analysis.measure import experiment  # noqa: E402
 from analysis.study_plan import Plan, load_study_config  # noqa: E402
+from utils import whole_file  # noqa: E402
 
 
 def show(plan: Plan, jobs: list[Job]) -> None:
@@ -40,34 +43,33 @@ def show(plan: Plan, jobs: list[Job]) -> None:
 
 def blocked(plan: Plan) -> str:
     """Judge all gates on what is there; why the study must stop, or nothing. Writes gates.json and logs/gates.txt."""
-    logs = plan.results / "logs"
-    keys = ",".join(dict.fromkeys(run.model for run in plan.runs))
-    argv = [sys.executable, "-m", "analysis.gates", "--gate", "all", "--logs", str(logs), "--runs", plan.study.runs]
-    results = plan.results / plan.study.checkpoints[0]
-    argv += ["--models", keys, "--out", str(plan.results / "gates.json")]
-    argv += ["--results", str(results)] if results.is_dir() else []
-    argv += ["--accept", plan.study.accept] if plan.study.accept else []
+    logs, results = plan.results / "logs", plan.results / plan.study.checkpoints[0]
     if not any(logs.glob("m*.log")):
         return ""
-    judged = subprocess.run(argv, capture_output=True, text=True)
-    (logs / "gates.txt").write_text(judged.stdout + judged.stderr)
-    return f"a gate blocks, see {logs / 'gates.txt'}" if judged.returncode == 1 else ""
+    argv = ["--gate", "all", "--logs", str(logs), "--runs", plan.study.runs, "--out", str(plan.results / "gates.json")]
+    argv += ["--models", ",".join(dict.fromkeys(run.model for run in plan.runs))]
+    argv += ["--results", str(results)] if results.is_dir() else []
+    argv += ["--accept", plan.study.accept] if plan.study.accept else []
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = gates.main(argv)
+    with whole_file(logs / "gates.txt") as file:
+        file.write(said.getvalue())
+    return f"a gate blocks, see {logs / 'gates.txt'}" if code == 1 else ""
 
 
 def finish(plan: Plan) -> int:
-    """What follows from the measurements: curves, verdict, report."""
-    code = 0
+    """What follows from the measurements: curves, verdict, report. Returns 0 where all of it was written."""
+    codes = []
     for epoch in plan.study.checkpoints:
         out = plan.results / epoch
+        out.mkdir(exist_ok=True)
         for name in plan.study.experiments:
             if (out / name).is_dir():  # several wrote it side by side
                 experiment(name).collect(out)
-        for command in (
-            ["analysis.curriculum", "--study", str(plan.results), "--output_dir", str(out)],
-            ["analysis.verdict", str(plan.results), "--epoch", epoch],
-        ):
-            code |= subprocess.run([sys.executable, "-m", *command]).returncode != 0
-    return code | (subprocess.run([sys.executable, "-m", "analysis.report", str(plan.results)]).returncode != 0)
+        codes.append(curriculum.main(["--study", str(plan.results), "--output_dir", str(out)]))
+        codes.append(verdict.main([str(plan.results), "--epoch", epoch]))
+    return max([*codes, report.main([str(plan.results)])])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -241,8 +241,9 @@ def test_a_killed_run_comes_to_the_same_result(out, tiny_runs, argv, tmp_path):
     assert records(tmp_path, "m4")[:4] == records(out, "m4")[:4]
 
 
-def test_without_m3_absolute_noise_is_null_until_measured_again(tiny_runs, argv, out, tmp_path):
+def test_without_m3_absolute_noise_is_null_until_measured_again(tiny_runs, argv, out, tmp_path, monkeypatch):
     """Rows measured before m3 had a scale are not mixed with rows measured after."""
+    monkeypatch.setattr(psr.EXPERIMENT, "chunk", 4)
     assert psr.main(argv(tiny_runs["m5"], tmp_path)) == 0
     found = read(tmp_path, "m5")
     assert found["psr"]["0"]["absolute"] is None and "measure m3" in found["psr_why"]["0"]["absolute"]

@@ -16,6 +16,7 @@ from report_material import N, make_study, write
 from analysis import report
 from analysis.blocks import level_text, p_text, signed
 from analysis.comparisons import by_rows, read_units
+from analysis.flags import leaves, verdict_flags
 from analysis.gathered import gather, sets_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +178,28 @@ def test_markdown_has_the_same_tables_and_its_figures(reported):
     assert len(pictures) == 9 and all((folder / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
     rows = [line for line in markdown.split("\n") if line.startswith("|")]
     assert rows and all(line.endswith("|") for line in rows)
+
+
+def test_flags_that_follow_from_the_verdict(reported):
+    verdict = json.loads(json.dumps(reported[1]["verdict"]))
+    seen = {flag["gate"]: flag["status"] for flag in verdict_flags(verdict)}
+    assert seen == {"flag one-family": "CLEAR", "flag unused": "CLEAR", "flag unordered": "RAISED"}
+    assert "not sequential reasoning" in reported[2]
+
+    def change(name, holds):
+        for rule in verdict["rules"].values():
+            for leaf in leaves(rule["condition"]):
+                if leaf["name"].startswith(name):
+                    leaf["holds"] = holds
+
+    change("permutation_flips of m3", True)
+    change("causal_peak of m3", False)
+    seen = {flag["gate"]: flag["status"] for flag in verdict_flags(verdict)}
+    assert seen == {"flag one-family": "CLEAR", "flag unused": "RAISED", "flag unordered": "CLEAR"}
+    change("controlled_advantage of m3", None)
+    verdict["rules"]["1"]["condition"]["parts"][2]["holds"] = True
+    seen = {flag["gate"]: flag["status"] for flag in verdict_flags(verdict)}
+    assert seen["flag unused"] == "NOT YET" and seen["flag one-family"] == "RAISED"
 
 
 # ---------------------------------------------------------------- from JSON alone, always the same

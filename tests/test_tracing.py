@@ -273,6 +273,15 @@ def test_positions_say_how_many_rows_they_stand_for():
     assert fewer["ce_above_03_fraction"] == pytest.approx(1 / 2)  # of the two positions that have enough rows
 
 
+def test_a_position_of_rows_that_do_not_react_has_no_effect():
+    """Ten rows that react by 9 nats, and ten longer ones by next to nothing: no ratio of the longer ones' last position."""
+    rows = [record(9.0, 0.0, [9.0, None])] * 10 + [record(0.01, 0.0, [0.0, 5.0])] * 10
+    effect = effects.summary(group_of(2), rows)
+    assert effect["mean_ce"] == [[pytest.approx(9 / 9.01), None]] and effect["peak_ce"] < 1
+    assert [total["n"] for total in effect["position_total_effect"]] == effect["position_counts"] == [20, 10]
+    assert effect["position_total_effect"][1]["value"] == pytest.approx(0.01)
+
+
 def test_nothing_is_said_of_too_few_rows():
     effect = effects.summary(group_of(1), [record(9.0, 0.0, [9.0])] * 9)
     assert "effect" not in effect and effect["mean_ce"] is None and "9 rows" in effect["reason"]

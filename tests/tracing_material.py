@@ -24,4 +24,4 @@ def rows_it_gets_right(run: Path, folder: Path, n: int) -> Path:
 
 def states_of_another_run(chunk: Chunk, layer, row_I, which_IK, restore=Chunk.restore):
     """In place of `Chunk.restore`: puts back what was not recorded there."""
-    return restore(replace(chunk, states={layer: chunk.states[layer] + 1}), layer, row_I, which_IK)
+    return restore(replace(chunk, states={layer: chunk.states[layer].flip(-1)}), layer, row_I, which_IK)
