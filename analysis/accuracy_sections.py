@@ -22,7 +22,7 @@ from analysis.blocks import (
     texts,
     yes_no,
 )
-from analysis.drawing import rows_text, title_of
+from analysis.drawing import rows_text, spread, title_of
 
 
 def accuracies(summary: dict) -> Section:
@@ -113,3 +113,23 @@ def _rows_row(name: str, tests: dict[str, dict], repeats: list[str]) -> list:
         test = tests.get(repeat)
         cells += [f"{test['b']} / {test['c']}", p_text(test["p_bonferroni"])] if test else [NOTHING, NOTHING]
     return [Cell(name, "head"), rows_text([test["n"] for test in tests.values()]).removeprefix("n = "), *cells]
+
+
+# ---------------------------------------------------------------- sets against each other
+
+
+def differences(summary: dict) -> list[Table]:
+    """Each set minus id_matched, which has rows of the same generator: what is new in the set, and not in its making."""
+    names = [name for name in gathered.sets_of(summary) if name != "id_matched"]
+    rows = []
+    for model in gathered.models(summary, "ood"):
+        sets = [r["sets"] for r in gathered.repeats(summary, "ood", model)]
+        found = [[x[name].get("difference_to_id_matched") for x in sets if name in x] for name in names]
+        spreads = [spread([one | {"accuracy": one["value"]} for one in some if one]) for some in found]
+        cells = [NOTHING if c is None else f"{signed(c.mean)} ({signed(c.low)} .. {signed(c.high)})" for c in spreads]
+        counts = [n for some in found for one in some if one for n in one["n"]]
+        rows.append([Cell(model, "head"), str(len(sets)), rows_text(counts).removeprefix("n = "), *cells])
+    rows = [row for row in rows if set(row[3:]) - {NOTHING}]
+    note = "Two-choice accuracy in points: mean over seeds, of one seed with both sets resampled."
+    title = "Each set minus id_matched: new rows of the same generator, as hard as training's"
+    return [Table(title, ["model", "seeds", "n", *names], rows, note)]

@@ -139,7 +139,11 @@ def signed(x: float | None, digits: int = 1) -> str:
 
 
 def number(x: float | None, digits: int = 1) -> str:
-    return NOTHING if x is None else f"{x:.{digits}f}".replace("-", "−")
+    """`97.0`, `−0.2`; a rounded zero has no sign."""
+    if x is None:
+        return NOTHING
+    text = f"{x:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def percent(level: dict | None) -> str:

@@ -181,13 +181,7 @@ def summary(group: Group, records: list[dict]) -> dict:
     }
     if len(group.names) > 1:  # bins of several parts mean the same in all rows, and have no common end
         return about
-    several = len({sum(curve is not None for curve in r["restored"]) for r in records}) > 1
-    if several:
-        end = Cells.of([_from_end(r["restored"]) for r in records], clean, corrupted)
-    else:
-        end = Cells(
-            *([layer[::-1] for layer in table] for table in (cells.value, cells.ci95)), cells.n[::-1], cells.total[::-1]
-        )
+    end = Cells.of([_from_end(r["restored"]) for r in records], clean, corrupted)
     return about | {
         "mean_ce_from_end": end.value,
         "ce_ci95_from_end": end.ci95,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from analysis import gathered
+from analysis.accuracy_sections import differences
 from analysis.blocks import (
     NOTHING,
     Callout,
@@ -77,22 +78,6 @@ def _caption(summary: dict, name: str) -> str:
 def _of(summary: dict, name: str) -> Iterator[tuple[str, dict]]:
     for label in gathered.labels(summary, name):
         yield label, summary[name][label]
-
-
-def _accuracy(summary: dict) -> list:
-    names = [name for name in gathered.sets_of(summary) if name != "id_matched"]
-    rows = []
-    for model in gathered.models(summary, "ood"):
-        sets = [r["sets"] for r in gathered.repeats(summary, "ood", model)]
-        found = [[x[name].get("difference_to_id_matched") for x in sets if name in x] for name in names]
-        spreads = [spread([one | {"accuracy": one["value"]} for one in some if one]) for some in found]
-        cells = [NOTHING if c is None else f"{signed(c.mean)} ({signed(c.low)} .. {signed(c.high)})" for c in spreads]
-        counts = [n for some in found for one in some if one for n in one["n"]]
-        rows.append([Cell(model, "head"), str(len(sets)), rows_text(counts).removeprefix("n = "), *cells])
-    rows = [row for row in rows if set(row[3:]) - {NOTHING}]
-    note = "Two-choice accuracy in points: mean over seeds, of one seed with both sets resampled."
-    title = "Each set minus id_matched: new rows of the same generator, as hard as training's"
-    return [Table(title, ["model", "seeds", "n", *names], rows, note)]
 
 
 def _by_model(summary: dict, name: str) -> Iterator[tuple[str, list[dict]]]:
@@ -358,7 +343,7 @@ def _curriculum(summary: dict) -> list:
 
 
 EXPERIMENTS: dict[str, tuple[str, Callable[[dict], list]]] = {  # the section's figure, its tables
-    "ood": ("2_accuracy", _accuracy),
+    "ood": ("2_accuracy", differences),
     "corruption": ("3_corruption", _corruption),
     "transplants": ("8_transplants", _transplants),
     "probing": ("1_probes", _probing),

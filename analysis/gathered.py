@@ -89,6 +89,15 @@ def planned(summary: dict) -> list[str]:
     return sorted(found, key=order)
 
 
+def reasons(records: list[dict]) -> list[str]:
+    """Why gates are uncalibrated, the runs with the same reason together: `m1, m3-s1: trains ... from scratch`."""
+    by_reason: dict[str, list[str]] = {}
+    for reason in dict.fromkeys(reason for record in records for reason in record.get("uncalibrated", [])):
+        label, _, rest = reason.partition(" ")
+        by_reason.setdefault(rest if parse_label(label)[0] else reason, []).append(label)
+    return [f"{', '.join(sorted(who, key=order))}: {why}" if parse_label(who[0])[0] else why for why, who in by_reason.items()]
+
+
 def make(summary: dict, experiment: str, model: str = "") -> str:
     """The command that makes an experiment's results."""
     folder, epoch = Path(summary["folder"]), summary["epoch"]
@@ -177,21 +186,21 @@ def _missing(summary: dict) -> list[dict]:
 def _incomparable(summary: dict) -> list[str]:
     """What keeps this study from standing beside the published one: ProsQA's official files, GPT-2, six thoughts."""
     results = [summary[name][label] for name in EXPERIMENTS for label in labels(summary, name)]
-    reasons = [reason for record in summary["gates"] for reason in record.get("uncalibrated", [])]
+    found = reasons(summary["gates"])
     layers = {r["n_layers"] for r in results if r.get("n_layers")} - {OFFICIAL["n_layers"]}
     thoughts = {r["n_thoughts"] for r in results if r.get("n_thoughts")} - {OFFICIAL["n_thoughts"]}
-    reasons += [f"models of {n} layers, not {OFFICIAL['n_layers']}" for n in sorted(layers)]
-    reasons += [f"{n} thoughts, not {OFFICIAL['n_thoughts']}" for n in sorted(thoughts)]
+    found += [f"models of {n} layers, not {OFFICIAL['n_layers']}" for n in sorted(layers)]
+    found += [f"{n} thoughts, not {OFFICIAL['n_thoughts']}" for n in sorted(thoughts)]
     test = sets_of(summary).get("test", {})
     shortcut = strongest_shortcut(test.get("shortcut_baselines") or {})
     if not shortcut:
-        reasons.append("the test set was not evaluated")
+        found.append("the test set was not evaluated")
     elif shortcut[1] < OFFICIAL["shortcut"]:
         here = f"the best rule blind to the person is right in {shortcut[1]:.1f} %, there in more than {OFFICIAL['shortcut']} %"
-        reasons.append(f"other test rows than the official ones: {here}")
+        found.append(f"other test rows than the official ones: {here}")
     elif test.get("n") != OFFICIAL["test_rows"]:
-        reasons.append(f"{test.get('n')} test rows, not {OFFICIAL['test_rows']}")
-    return list(dict.fromkeys(reasons))
+        found.append(f"{test.get('n')} test rows, not {OFFICIAL['test_rows']}")
+    return found
 
 
 def read_summary(path: Path) -> dict:

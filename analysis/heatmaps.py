@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from analysis.blocks import interval, number
 from analysis.drawing import INK, LINE, MUTED, PAPER, empty, inches, panel, rows_text, sheet, styled, title_of
 from analysis.gathered import make, repeats
 
@@ -21,7 +22,7 @@ SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
 MOST_NUMBERS = 130  # cells of a panel that get their number written
 
 
-def grid(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str = SEQUENTIAL, form: str = "{:.0f}") -> None:
+def grid(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str = SEQUENTIAL, digits: int = 0) -> None:
     """Cells of `values` [rows, columns], row 0 at the bottom; NaN is a cell without data."""
     colours, scale = colormaps[cmap], Normalize(low, high if high > low else low + 1)
     rows, columns = values.shape
@@ -30,14 +31,13 @@ def grid(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str = SE
     for y, x in zip(*np.nonzero(masked.mask & np.ones(values.shape, bool))):
         axes.plot([x + 0.3, x + 0.7], [y + 0.3, y + 0.7], color=MUTED, lw=0.6)
     if values.size <= MOST_NUMBERS:
-        texts = [form.format(value) for value in values[np.isfinite(values)]]
+        texts = [number(value, digits) for value in values[np.isfinite(values)]]
         width = 80 * inches(axes) / columns  # of a cell, in points
         size = min(7.5, max(4.0, width / (0.7 * max(map(len, texts), default=1))))
         for y, x in zip(*np.nonzero(np.isfinite(values))):
             red, green, blue, _ = colours(scale(values[y, x]))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            text = form.format(values[y, x]).replace("-", "−")
-            text = text.lstrip("−") if not text.strip("−0.") else text
+            text = number(values[y, x], digits)
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size, color="#ffffff" if dark else "#111111")
     axes.set(xlim=(0, columns), ylim=(0, rows))
     axes.tick_params(length=0)
@@ -145,21 +145,21 @@ def _effect(axes: Axes, summary: dict, model: str, groups: list[dict]) -> None:
     table = mean_table([table_of(group.get("mean_ce")) for group in groups])
     if not _any(table):
         return empty(axes, title_of(model), "\n".join(_no_effect(group) for group in groups))
-    grid(axes, table, 0, max(1.0, float(np.nanmax(table))), form="{:.2f}")
-    panel(axes, title_of(model), rows_text([group.get("n_traced") for group in groups], len(groups)), "position")
-    labels = next(group["position_labels"] for group in groups if group.get("mean_ce"))
-    ticks(axes, [str(label).split(" ")[-1] for label in labels], range(table.shape[0]))
+    grid(axes, table, 0, max(1.0, float(np.nanmax(table))), digits=2)
+    drawn = [group for group in groups if group.get("mean_ce")]
+    without = f"; no effect in {len(groups) - len(drawn)} more" if len(drawn) < len(groups) else ""
+    panel(axes, title_of(model), rows_text([group.get("n_traced") for group in drawn], len(drawn)) + without, "position")
+    ticks(axes, [str(label).split(" ")[-1] for label in drawn[0]["position_labels"]], range(table.shape[0]))
 
 
 def _no_effect(group: dict) -> str:
-    """`no effect to trace: 0.01 nats (−0.02 .. 0.04), n = 200`."""
-    total = group.get("total_effect") or {}
-    text = str(group.get("reason") or "no effect to trace")
+    """`no effect to trace: total effect 0.01 nats (−0.02 .. 0.04), n = 200`."""
+    total, text = group.get("total_effect") or {}, str(group.get("reason") or "no effect to trace")
     if total.get("value") is not None:
-        text += f": total effect {total['value']:.2f} nats"
+        text += f": total effect {number(total['value'], 2)} nats"
     if total.get("ci95"):
-        text += " ({:.2f} .. {:.2f})".format(*total["ci95"])
-    return text.replace("-", "−") + f", n = {group.get('n_traced', 0)}"
+        text += f" ({interval(total['ci95'], digits=2)})"
+    return f"{text}, n = {group.get('n_traced', 0)}"
 
 
 # ---------------------------------------------------------------- 6: thought counts

@@ -28,24 +28,17 @@ if __package__ in (None, ""):  # run as `python analysis/report.py`
 from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: E402
 from markupsafe import Markup  # noqa: E402
 
-from analysis import gathered, sections  # noqa: E402
+from analysis import gathered  # noqa: E402
 from analysis.accuracy_sections import accuracies  # noqa: E402
 from analysis.blocks import TEMPLATES, Section  # noqa: E402
 from analysis.drawing import inline, save, write_whole  # noqa: E402
 from analysis.experiment_sections import experiments  # noqa: E402
 from analysis.figures import PLATES  # noqa: E402
+from analysis.provenance_sections import anchors, checks, provenance  # noqa: E402
 from analysis.runlog import read_json  # noqa: E402
+from analysis.verdict_sections import gates, shortcuts, verdict  # noqa: E402
 
-ORDER = (
-    sections.shortcuts,
-    sections.verdict,
-    sections.gates,
-    accuracies,
-    experiments,
-    sections.checks,
-    sections.anchors,
-    sections.provenance,
-)
+ORDER = (shortcuts, verdict, gates, accuracies, experiments, checks, anchors, provenance)
 
 
 def as_markdown(text: object) -> str:

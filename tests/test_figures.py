@@ -65,7 +65,6 @@ def test_a_panel_without_results_names_its_command(plate, nothing):
         else:
             said = re.sub(r"\s+", " ", texts(axes))
             assert f"python -m analysis.{plate.experiment} --study {nothing['folder']}" in said, said
-    ET.fromstring(svg(figure))
 
 
 @pytest.mark.parametrize("plate", PLATES[:-1], ids=lambda plate: plate.name)
@@ -118,6 +117,15 @@ def test_a_cell_without_rows_is_no_zero(partial):
 def test_no_effect_is_said_with_its_number(full):
     said = texts(heatmaps.effects(full).axes[3])
     assert said.startswith("no effect to trace: total effect 0.01 nats (−0.03") and "n = 100" in said
+
+
+def test_only_seeds_with_an_effect_are_in_its_map_and_counted(full):
+    changed = json.loads(json.dumps(full))
+    changed["causal_tracing"]["m3-s1"]["groups"]["thoughts"] = changed["causal_tracing"]["m5"]["groups"]["thoughts"]
+    axes = heatmaps.effects(changed).axes[1]
+    table = full["causal_tracing"]["m3"]["groups"]["thoughts"]["mean_ce"]
+    assert "n = 100, 1 seed; no effect in 1 more" in texts(axes)
+    assert f"{table[0][0]:.2f}" == axes.texts[0].get_text()
 
 
 def test_published_numbers_are_drawn_only_where_they_compare(full, tmp_path):

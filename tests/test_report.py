@@ -14,7 +14,7 @@ import pytest
 from report_material import N, make_study, write
 
 from analysis import report
-from analysis.blocks import level_text, p_text, signed
+from analysis.blocks import level_text, number, p_text, signed
 from analysis.comparisons import by_rows, read_units
 from analysis.flags import leaves, verdict_flags
 from analysis.gathered import gather, sets_of
@@ -137,6 +137,7 @@ def test_percent_with_one_decimal_and_interval(reported):
     level = summary["causal_tracing"]["m3"]  # a result that is read as it stands
     assert f"| {level['groups']['thoughts']['n_traced']} | 1.40 (1.36 .. 1.44) |" in markdown
     assert level_text({"accuracy": 0.97, "n": 500, "ci95": [0.951, 0.982]}) == "97.0 (95.1 .. 98.2)"
+    assert (number(-0.004, 2), number(-1.25), number(None)) == ("0.00", "−1.2", "–")
     assert (signed(-0.04), signed(-1.25, 2), p_text(3.0e-7), p_text(0.0451)) == ("0.0", "−1.25", "3.0e-7", "0.045")
 
 
@@ -152,6 +153,7 @@ def test_only_the_last_record_of_a_gate_counts(reported):
     _, summary, text, _ = reported
     assert [g["status"] for g in summary["gates"] if g["gate"] == "3"] == ["PASS"]
     words = " ".join(Page(text).words)
+    assert words.count("m1, m3: trains a tiny backbone") == 2  # beside the gates and beside the published numbers
     assert "PASS, uncalibrated" in words and "NOT APPLICABLE" in words and "RAISED" in words and "NOT YET" not in words
 
 

@@ -59,7 +59,7 @@ def test_only_the_thought_that_is_read_has_an_effect(stub, reads, n_layers):
     assert effect["effect"] == effect["peak_ce"] == pytest.approx(1) and effect["peak_position"] == reads
     assert effect["peak_label"] == f"slot {reads}" and effect["total_effect"]["ci95"][0] > 10
     assert effect["ce_above_03_fraction"] == pytest.approx(1 / 3) and effect["position_counts"] == [N] * 3
-    assert effect["mean_ce_from_end"][0] == effect["mean_ce"][0][::-1]
+    assert effect["mean_ce_from_end"][0] == effect["mean_ce"][0][::-1]  # rows of one length
     assert effect["clean_gt_corrupt_fraction"] == 1 and effect["epsilon_sensitivity_pct"] == 0 and effect["valid"]
 
 
