@@ -199,7 +199,8 @@ def save_tiny_gpt2(folder: Path) -> None:
 
 
 def kill_at(config: str, tmp_path: Path, name: str, condition) -> None:
-    """Start run.py as a process and SIGKILL it once `condition(list of records)` holds."""
+    """Start run.py as a process and SIGKILL it once `condition(list of records)` holds; it must go on holding, for a busy
+    machine may let a few records pass between two looks."""
     process = subprocess.Popen(
         [sys.executable, "run.py", config], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -221,14 +222,14 @@ def kill_at(config: str, tmp_path: Path, name: str, condition) -> None:
         # mid-epoch, Adam kept over epochs, from the snapshot of a few updates before
         (
             {"reset_optimizer": False, "save_every_steps": 2, "log_every": 1, "feedback_mode": "pause_curriculum"},
-            lambda rs: sum(r["event"] == "step" for r in rs) == 9,
+            lambda rs: sum(r["event"] == "step" for r in rs) >= 9,
         ),
         # between the end of an epoch's training and its validation, stock optimizer reset
-        ({}, lambda rs: sum(r["event"] == "train_epoch" for r in rs) == 2),
+        ({}, lambda rs: sum(r["event"] == "train_epoch" for r in rs) >= 2),
         # only improvements are kept: the weights to go on from are not in any checkpoint_N
         (
             {"save_only_improve": True, "reset_optimizer": "stage"},
-            lambda rs: sum(r["event"] == "eval" for r in rs) == 2,
+            lambda rs: sum(r["event"] == "eval" for r in rs) >= 2,
         ),
     ],
     ids=["mid-epoch", "before-validation", "save-only-improve"],
