@@ -1,22 +1,17 @@
-"""Save, load, resume: the weights file, the training state beside it, and what the run was.
+"""Weights files: reading, writing, which fits which model, and the model that a run's config and file make.
 
-A run folder `<save_path>/<name>/` holds
-    checkpoint_N   weights after N epochs: one flat state dict of tensors, readable by the stock code
-    state_N        JSON: what checkpoint_N is (epoch, mode, seed, resolved config, versions, size)
-    last_state     weights, optimizer and position of the newest snapshot that checkpoint_N alone can't continue
-    run.json       the resolved config of the training run; best.json the best validated checkpoint
-    metrics.jsonl  every step and evaluation; eval_N.jsonl the per-question records
+    model, tokenizer, ids, config = load_run("runs/prosqa/prosqa-coconut")      # a trained model, for analyses
 
-Files are written under a temporary name and renamed; nothing is ever unpickled (`weights_only=True`).
+Files are written under a temporary name and renamed. They carry a checksum for every tensor, which is compared before
+anything is believed, and nothing is ever unpickled (`weights_only=True`).
 """
 
-import fcntl
-import json
 import platform
 import re
 import subprocess
 import zipfile
-from dataclasses import dataclass
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,9 +19,10 @@ import transformers
 
 import backbones
 from coconut import FEEDBACK_MODES, Coconut
-from utils import PAUSE_MODES, Config, check_config, read_jsonl, whole_file, write_json
+from utils import PAUSE_MODES, Config, check_config, read_json, whole_file
 
 MODE_OF_ID = {cls.mode_id: name for name, cls in FEEDBACK_MODES.items() if cls.mode_id is not None}
+NUMBERED = re.compile(r"checkpoint_(\d+)")
 IGNORED_KEY = re.compile(r"(^|\.)attn\.(masked_)?bias$")  # causal-mask buffers of old GPT-2 files
 
 
@@ -34,42 +30,85 @@ IGNORED_KEY = re.compile(r"(^|\.)attn\.(masked_)?bias$")  # causal-mask buffers 
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """A flat state dict from a checkpoint file, on the CPU, without wrapper prefixes. ValueError if it is not one."""
-    path = Path(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is not a readable checkpoint (torch.save of a flat state dict): cut short, or another kind of file"
-        )
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises anything from EOFError to RuntimeError on damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a readable checkpoint (torch.save of a flat state dict): {reason}") from None
+    """A flat state dict from a checkpoint file, on the CPU, without wrapper prefixes.
+
+    ValueError where it is not one, is cut short, or is damaged anywhere.
+    """
+    weights = read_whole(path)
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()) or not weights:
         raise ValueError(f"{path} is not a checkpoint: it must hold a flat dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
 
 
-def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU in which tied tensors stay one storage."""
-    copies: dict = {}
-    for tensor in weights.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        copies.setdefault(key, tensor.detach().cpu())
-    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+def read_whole(path: str | Path):
+    """What torch.save wrote to a file, on the CPU, after the checksums of all its parts were compared.
+
+    ValueError where the file is of another kind, cut short or damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: cut short, damaged, or another kind of file ({error})"
+        ) from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong; use the checkpoint before it or a copy")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises anything from EOFError to RuntimeError on what it can't read
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a readable checkpoint (torch.save of a flat state dict): {reason}") from None
 
 
-def _save(value, path: Path) -> None:
+def save_whole(value, path: Path) -> None:
+    """torch.save, whole or not at all. ValueError where the disk refuses."""
     with whole_file(path, "wb") as file:
+        noting = _Noting(file)
         try:
-            torch.save(value, file)
+            torch.save(value, noting)
         except RuntimeError as error:  # how torch's zip writer reports a failed write
-            raise OSError(str(error)) from None
+            raise noting.error or OSError(str(error)) from None
+
+
+class _Noting:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file):
+        self.file, self.error, self.flush = file, None, file.flush
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def stored_model(model: Coconut) -> torch.nn.Module:
+    """The module whose state dict a checkpoint file holds: a plain language model is stored under its own names, unwrapped."""
+    return model.base_causallm if model.feedback_mode == "none" else model
 
 
 def stored_weights(model: Coconut) -> dict[str, torch.Tensor]:
-    """What a checkpoint file of this model holds: a plain language model is stored under its own names, unwrapped."""
-    return _on_cpu((model.base_causallm if model.feedback_mode == "none" else model).state_dict())
+    """What a checkpoint file of this model holds, as copies on the CPU in which tied tensors stay one storage."""
+    return on_cpu(stored_model(model).state_dict())
+
+
+def on_cpu(value, copies: dict | None = None):
+    """Tensors, and dicts and lists of them, as copies on the CPU; what was one storage stays one."""
+    copies = {} if copies is None else copies
+    if isinstance(value, dict):
+        return {key: on_cpu(part, copies) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_cpu(part, copies) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    key = (value.data_ptr(), value.shape)
+    if key not in copies or not value.numel():
+        copies[key] = value.detach().to("cpu", copy=True)
+    return copies[key]
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> str:
@@ -104,7 +143,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if path.is_dir():
         best = path / "best.json"
-        files = [json.loads(best.read_text())["file"]] if best.is_file() else []
+        files = [str(read_json(best).get("file"))] if best.is_file() else []
+        files = [name for name in files if NUMBERED.fullmatch(name)]  # a name, no path out of the folder
         for name in [*files, *(f"checkpoint_{n}" for n in reversed(numbered_checkpoints(path)))]:
             if (path / name).is_file():
                 print(f"load_model_path is a folder; taking {path / name}")
@@ -115,9 +155,9 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)")
 
 
-def numbered_checkpoints(folder: Path) -> list[int]:
+def numbered_checkpoints(folder: Path, prefix: str = "checkpoint_") -> list[int]:
     """The N of every checkpoint_N, ascending; other names do not count."""
-    names = (re.fullmatch(r"checkpoint_(\d+)", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
+    names = (re.fullmatch(prefix + r"(\d+)", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match[1]) for match in names if match)
 
 
@@ -202,14 +242,12 @@ def load_run(path: str | Path, **changes):
         raise ValueError(
             f"{path} has no state_N or run.json beside it that says what it is; stock files need a YAML and run.py"
         )
-    config = check_config(json.loads(side.read_text())["config"] | changes, str(side))
+    config = check_config(read_json(side)["config"] | changes, str(side))
     model, tokenizer, ids, _ = build_model(config, path)
     return model.eval(), tokenizer, ids, config
 
 
-# ---------------------------------------------------------------- the run folder
-
-
+@lru_cache(1)
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and of this code."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -223,159 +261,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-@dataclass
-class Position:
-    """Where training stands: `epoch` epochs are done and `step` updates of the next one, `global_step` in all."""
-
-    epoch: int = 0
-    step: int = 0
-    global_step: int = 0
-    loss_sum: float = 0.0
-    loss_tokens: float = 0.0
-
-    def count(self, loss_sum: float, tokens: int) -> None:
-        """One update is done; `loss_sum` in nats over `tokens` labelled tokens."""
-        self.step, self.global_step = self.step + 1, self.global_step + 1
-        self.loss_sum, self.loss_tokens = self.loss_sum + loss_sum, self.loss_tokens + tokens
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.loss_sum, self.loss_tokens = self.epoch + 1, 0, 0.0, 0.0
-
-
-class RunFolder:
-    """The folder of one training run. All writing happens on rank 0."""
-
-    def __init__(self, config: Config):
-        self.path, self.config = config.run_dir, config
-        self.metrics = self.path / "metrics.jsonl"
-        self._lock = None
-
-    def open(self, exclusive: bool) -> None:
-        """Create the folder; for training keep other processes out and clear what a killed one left half-written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"save_path: cannot make the folder {self.path}: {error.strerror}") from None
-        if not exclusive:
-            return
-        self._refuse_other_run()
-        self._lock = open(self.path / ".lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is training in {self.path}; stop it or give this run another name") from None
-        for leftover in self.path.glob(".tmp-*"):
-            leftover.unlink()
-        if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
-            records = read_jsonl(self.metrics)
-            with whole_file(self.metrics) as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-
-    def evaluations(self, up_to_epoch: int) -> dict[int, float]:
-        """{epoch index: accuracy} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
-        records = (r for r in read_jsonl(self.metrics) if r["event"] == "eval" and r["epoch"] < up_to_epoch)
-        return {r["epoch"]: r["eval/acc"] for r in records}
-
-    def micro_batch(self) -> int | None:
-        """The micro-batch of the run that would be resumed here: rows meet in the same batches only if it is kept."""
-        if not (numbered_checkpoints(self.path) or (self.path / "last_state").is_file()):
-            return None
-        return json.loads((self.path / "run.json").read_text())["config"]["batch_size_training"]
-
-    # ------------------------------------------------------------ saving
-
-    def begin(self, model: Coconut) -> None:
-        """Write what the run is."""
-        write_json(
-            self.path / "run.json",
-            {"model_key": self.config.model_key, "config": self.config.model_dump(), "versions": versions()},
-        )
-        if model.pause_embedding is not None and not (self.path / "pause_init").is_file():
-            _save(model.pause_embedding.detach().cpu().clone(), self.path / "pause_init")
-
-    def _refuse_other_run(self) -> None:
-        file = self.path / "run.json"
-        if not file.is_file() or not (numbered_checkpoints(self.path) or (self.path / "last_state").is_file()):
-            return
-        before, now = json.loads(file.read_text())["config"], self.config.model_dump()
-        if now["batch_size_training"] == "auto":
-            now["batch_size_training"] = before.get("batch_size_training")
-        differing = [key for key in now if before.get(key) != now[key]]
-        identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
-        fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
-        if fatal:
-            raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
-        if differing:
-            print("Warning: resuming with other settings: " + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing))
-
-    def save_checkpoint(self, model: Coconut, position: Position, **facts) -> Path:
-        """Write state_N, then checkpoint_N, for N = position.epoch epochs done; earlier mid-epoch snapshots are obsolete."""
-        path = self.path / f"checkpoint_{position.epoch}"
-        weights = stored_weights(model)
-        tensors = {value.data_ptr(): value.numel() * value.element_size() for value in weights.values()}
-        state = {
-            "epoch": position.epoch - 1,
-            "global_step": position.global_step,
-            "feedback_mode": model.feedback_mode,
-            "model_key": self.config.model_key,
-            "seed": self.config.seed,
-            "tensor_bytes": sum(tensors.values()),
-            "stock_loadable": self.config.plain or model.feedback_mode == "continuous",
-            **facts,
-            "config": self.config.model_dump(),
-            "versions": versions(),
-        }
-        write_json(self.path / f"state_{position.epoch}", state)
-        _save(weights, path)
-        return path
-
-    def save_last_state(self, model: Coconut, optimizer, position: Position) -> None:
-        """Write everything that continuing from here needs, in one file."""
-        weights, state = stored_weights(model), optimizer.state_dict()
-        _save({"model": weights, "optimizer": state, "position": vars(position)}, self.path / "last_state")
-
-    def drop_last_state(self) -> None:
-        """Remove a snapshot that a checkpoint_N has overtaken."""
-        (self.path / "last_state").unlink(missing_ok=True)
-
-    def pause_distance(self, model: Coconut) -> dict[str, float]:
-        """{"pause_l2": how far the pause vector is from where it started}; empty for modes without one."""
-        init = self.path / "pause_init"
-        if model.pause_embedding is None or not init.is_file():
-            return {}
-        start_D = torch.load(init, weights_only=True)
-        return {"pause_l2": float((model.pause_embedding.detach().float().cpu() - start_D).norm())}
-
-    # ------------------------------------------------------------ resuming
-
-    def find_resume(self) -> tuple[Path, Position] | None:
-        """The newest readable state to continue from: last_state or a checkpoint_N, whichever is further."""
-        candidates = [(Position(epoch=n), self.path / f"checkpoint_{n}") for n in numbered_checkpoints(self.path)]
-        last = self.path / "last_state"
-        if last.is_file():
-            try:
-                position = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["position"]
-                candidates.append((Position(**position), last))
-            except Exception as error:
-                print(f"Warning: {last} is not readable ({' '.join(str(error).split())[:100]}); going on without it")
-        for position, path in sorted(candidates, key=lambda c: (c[0].epoch, c[0].step, c[1] == last), reverse=True):
-            if path == last:
-                return path, position
-            try:
-                read_weights(path)
-            except ValueError as error:
-                print(f"Warning: {error}; falling back to the one before")
-                continue
-            side = self.path / f"state_{position.epoch}"
-            if side.is_file():
-                position.global_step = json.loads(side.read_text())["global_step"]
-            return path, position
-        return None
-
-
-def read_last_state(path: Path) -> tuple[dict, dict]:
-    """(weights, optimizer state) of a `last_state` file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state["model"], state["optimizer"]

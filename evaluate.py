@@ -35,7 +35,8 @@ from dataset import (
 )
 from generation import Decoding, Row, decoded
 from two_choice import score_decoded, score_options, wants_two_choice
-from utils import World, whole_file
+from utils import whole_file
+from world import World
 
 
 def shard_batches(sizes: np.ndarray, batch_size: int, world: World) -> list[list[int]]:
@@ -257,7 +258,7 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
     `run` is a `run.Run`. Prints the stock lines on rank 0, writes the records to the run folder under `records_name`
     (None: nowhere), and returns their summary.
     """
-    config, world, started = run.config, run.world, time.time()
+    config, world, started = run.config, run.world, time.monotonic()
     stage = config.stage(epoch)
     was_training = run.model.training
     run.model.eval()
@@ -273,7 +274,7 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
     summary = {"stage": stage, "n_latents": max(r["n_latents"] for r in records), **summarize(records)}
     if with_loss:
         summary["eval/loss"] = loss
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     summary |= {"seconds": seconds, "eval/samples_per_s": len(records) / seconds}
     if world.is_main:
         _print_stock_lines(run, prompts, records, summary)

@@ -1,5 +1,6 @@
 """What a run tells while it runs: metrics.jsonl, wandb where it is configured, the progress line, the closing summary."""
 
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from accounting import PHASES, Shape, Stopwatch, Throughput
+from utils import NoRoom
 
 
 class Metrics:
@@ -20,17 +22,27 @@ class Metrics:
 
     def __init__(self, config, folder: Path, enabled: bool):
         self.path, self.enabled, self.wandb = folder / "metrics.jsonl", enabled, None
+        self.unwritten, self.refused = "", None
         if enabled and wanted(config):
             self.wandb = open_wandb(config, folder)
 
     def log(self, **record) -> None:
         if not self.enabled:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
+        self.unwritten += json.dumps(record | {"time": round(time.time(), 3)}) + "\n"
+        try:
+            append(self.path, self.unwritten)
+            self.unwritten, self.refused = "", None
+        except OSError as error:
+            self.refused = error
         if record.get("event") == "speed":
             record = {f"speed/{key}": value for key, value in record.items() if isinstance(value, float)}
         self._send({key: value for key, value in record.items() if "/" in key})
+
+    def check(self) -> None:
+        """Raise NoRoom while the disk refuses records; they are kept, and the next one takes them along."""
+        if self.refused is not None:
+            raise NoRoom(f"cannot write {self.path} ({self.refused.strerror}): make room and start the same command again")
 
     def _send(self, values: dict) -> None:
         if self.wandb is None:
@@ -61,6 +73,18 @@ class Metrics:
             self.wandb.finish()
         except Exception as error:
             print(f"Warning: wandb did not finish ({' '.join(str(error).split())[:150]})", flush=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file, all of it or nothing. OSError where the disk refuses."""
+    with open(path, "ab", buffering=0) as file:
+        size, data = file.tell(), text.encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def wanted(config) -> bool:
@@ -123,8 +147,12 @@ class Meter:
 
     def __init__(self, device: torch.device, shape: Shape, peak: float | None = None):
         self.device, self.shape, self.peak = device, shape, peak
-        self.started, self.watch = time.time(), Stopwatch(device)
+        self.started, self.watch = time.monotonic(), Stopwatch(device)
         self.epoch, self.run = _Account(), _Account()
+
+    def seconds(self) -> float:
+        """Since the meter was made."""
+        return time.monotonic() - self.started
 
     def add(self, work: Throughput) -> dict:
         """Count the work of some updates and the time since the last call; returns the rates and phases of both."""
@@ -159,7 +187,7 @@ class Meter:
         if total:
             shares = (f"{name} {100 * phases[name] / total:.0f} %" for name in PHASES if name in phases)
             print(f"Time: {', '.join(shares)}")
-        print(f"Peak memory {peak_memory(self.device) / 1e9:.2f} GB; total time {time.time() - self.started:.1f} s", flush=True)
+        print(f"Peak memory {peak_memory(self.device) / 1e9:.2f} GB; total time {self.seconds():.1f} s", flush=True)
 
 
 class _Account:

@@ -4,13 +4,15 @@
     torchrun --nproc_per_node=4 run.py args/prosqa_coconut.yaml          several GPUs (nccl), or CPU processes (gloo)
     python run.py args/prosqa_m5_pause.yaml lr=3e-4 name=m5-lr3e-4       any key may follow as key=value
 
-The same command after an interruption goes on where the run stopped. Outputs go to <save_path>/<name>/: checkpoint_N after
-every epoch, metrics.jsonl, eval_N.jsonl with one record a question; the log lines go to stdout, progress to stderr.
+The same command after an interruption goes on where the run stopped, also with another number of processes. Outputs go to
+<save_path>/<name>/: checkpoint_N after every epoch, metrics.jsonl, eval_N.jsonl with one record a question; the log lines go
+to stdout, progress to stderr. Exit codes: 0 done, 1 loss not finite, 2 a mistake in config or data, 75 interrupted with
+everything saved (SIGTERM, SIGUSR1, Ctrl-C, a full disk, another process gone): start the same command again.
 """
 
 import argparse
+import hashlib
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +22,21 @@ import yaml
 
 import backbones
 from accounting import Shape, peak_flops
-from checkpoint import Position, RunFolder, build_model, find_checkpoint, read_last_state
+from checkpoint import build_model, find_checkpoint
 from coconut import Coconut, decoder_blocks
 from compiled import compile_passes, uncompile
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
 from evaluate import validate, wants_two_choice
 from microbatch import candidates, largest_micro_batch
+from parallel import Alone, make_parallel
 from recompute import recompute_blocks
 from reporting import Meter, Metrics
-from training import accumulation_steps, host_batch, on_device, train
-from utils import Config, World, load_config, process_group, set_seed
+from run_folder import Position, RunFolder, read_snapshot
+from saving import Saver, announce_disk_need
+from stopping import DONE, MISTAKE, NOT_FINITE, REQUEUE, Stopped, StopSignals
+from training import host_batch, on_device, train, update_size
+from utils import Config, NoRoom, load_config, set_seed
+from world import World, process_group
 
 
 @dataclass
@@ -45,6 +52,10 @@ class Run:
     val_rows: list[dict]
     val: TokenTable
     train: TokenTable | None
+    stop: StopSignals = field(default_factory=StopSignals)
+    parallel: Alone = None
+    saver: Saver = None
+    micro_batches_per_update: int = 1
     metrics: Metrics = None
     meter: Meter = None
     evaluated: dict[int, float] = field(default_factory=dict)
@@ -79,21 +90,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file, one complete experiment (see args/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
     args = parser.parse_args(argv)
-    rank = 0
+    rank, code = "", MISTAKE
     try:
-        config = load_config(args.config, args.overrides)
-        with process_group(config.device) as world:
-            rank = world.rank
-            world.print(f"Config: {yaml.safe_load(Path(args.config).read_text())}")
-            execute(config, world)
-        return 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        with StopSignals() as stop:
+            config = load_config(args.config, args.overrides)
+            with process_group(config.device, always=config.parallel == "fsdp2") as world:
+                rank = f" (rank {world.rank})" if world.rank else ""
+                world.print(f"Config: {yaml.safe_load(Path(args.config).read_text())}")
+                execute(config, world, stop)
+        return DONE
+    except FloatingPointError as error:
+        message, code = f"error{rank}: {error}", NOT_FINITE
+    except (Stopped, NoRoom) as error:
+        message, code = f"interrupted{rank}: {error}; the same command goes on from there", REQUEUE
+    except (ValueError, OSError) as error:
+        message = f"error{rank}: {error}"
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        message = (
+            f"interrupted{rank}: another process of this job is gone ({' '.join(str(error).split())[:120]}); start it again"
+        )
+        code = REQUEUE
+    print(message, file=sys.stderr, flush=True)
+    return code
 
 
-def execute(config: Config, world: World) -> None:
-    """Prepare, then train or evaluate."""
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended; backends have no common type for it."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "closed by peer"))
+
+
+def execute(config: Config, world: World, stop: StopSignals | None = None) -> None:
+    """Prepare, then train or evaluate. Raises Stopped where `stop` (default: none) was asked for, with everything saved."""
     set_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
@@ -101,18 +131,21 @@ def execute(config: Config, world: World) -> None:
     if world.is_main:
         folder.open(exclusive=not config.only_eval and not config.debug)
     world.barrier()
-    resumed, position, source, optimizer_state = find_start(config, world, folder)
+    before = world.from_main(folder.before() if world.is_main else None)
+    resumed, position, source, restore = find_start(config, world, folder)
     if not config.only_eval and not resumed and config.resume >= config.num_epochs:
         raise ValueError(f"resume: {config.resume} must be below num_epochs ({config.num_epochs}); nothing would be trained")
     with no_garbage_collection():
-        val_rows, tables = load_data(config, world)  # what is wrong with the data is said before a model is loaded
+        val_rows, tables, facts = load_data(config, world)  # what is wrong with the data is said before a model is loaded
     model, tokenizer, ids, report = build_model(config, *source)
     if report is not None:
         print(report, flush=True)
     print(f"Running FSDP on rank = {world.rank}, world size = {world.size}", flush=True)
     world.print(model)
-    model.to(world.device, torch.bfloat16 if config.bf16 == "pure" else None)
+    if config.parallel == "ddp" or config.only_eval:  # shards move to their devices one by one
+        model.to(world.device, torch.bfloat16 if config.bf16 == "pure" else None)
     run = Run(config, world, folder, model, tokenizer, ids, val_rows, tables["val_path"], tables.get("train_path"))
+    run.stop = stop or run.stop
     check_lengths(run)
     speed_up(run)
 
@@ -120,17 +153,30 @@ def execute(config: Config, world: World) -> None:
         validate(run, config.resume, f"eval_{Path(config.val_path).stem}.jsonl")
         return
     config = run.config
-    accumulation = accumulation_steps(config, world)
+    run.micro_batches_per_update = update_size(config, world, before if resumed else None, position)
     if run.writes:
-        folder.begin(model)
+        folder.begin(model, world_size=world.size, micro_batches_per_update=run.micro_batches_per_update, data=facts)
+        announce_disk_need(config, model, config.num_epochs - position.epoch, folder.path)
+    run.parallel = make_parallel(model, world, config)
+    if resumed and run.parallel.sharded and source == (None, None):
+        from sharding import load_sharded_model
+
+        load_sharded_model(folder.path / f"last_shards_{position.global_step}", model)
+    run.saver = Saver(folder, model, run.parallel, world, not config.debug)
     run.metrics = Metrics(config, folder.path, run.writes)
     run.evaluated = world.from_main(folder.evaluations(position.epoch) if world.is_main else None)
     run.metrics.log(event="start", epoch=position.epoch, step_in_epoch=position.step, world_size=world.size)
-    train(run, position, accumulation, optimizer_state, resumed)
-    if run.writes:
-        run.meter.print_summary(run.evaluated)
-    run.metrics.log(event="end", epoch=position.epoch - 1, seconds=time.time() - run.meter.started)
-    run.metrics.close()
+    try:
+        train(run, position, restore, resumed)
+        if run.writes:
+            run.meter.print_summary(run.evaluated)
+        run.metrics.log(event="end", epoch=position.epoch - 1, seconds=run.meter.seconds())
+    except (Stopped, NoRoom, FloatingPointError) as error:
+        run.metrics.log(event="stopped", epoch=position.epoch, step_in_epoch=position.step, reason=str(error))
+        raise
+    finally:
+        run.saver.close()
+        run.metrics.close()
 
 
 def speed_up(run: Run) -> None:
@@ -190,7 +236,10 @@ def choose_micro_batch(run: Run) -> int:
 
 
 def find_start(config: Config, world: World, folder: RunFolder):
-    """Where this process starts from: (resumed, position, (path, weights) for build_model, optimizer state)."""
+    """Where this process starts from: (resumed, position, (path, weights) for build_model, what restores the optimizer).
+
+    Where a snapshot's shards are to be read by sharded parameters, path and weights are None.
+    """
     found = None
     if config.auto_resume and not config.only_eval and not config.debug:
         found = world.from_main(folder.find_resume() if world.is_main else None)
@@ -198,9 +247,9 @@ def find_start(config: Config, world: World, folder: RunFolder):
         path, position = found
         world.print("Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!")
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
-        if path.name == "last_state":
-            weights, optimizer_state = read_last_state(path)
-            return True, position, (path, weights), optimizer_state
+        if path.name.startswith("last_"):
+            weights, restore = read_snapshot(path, config.parallel == "fsdp2")
+            return True, position, (None if weights is None else path, weights), restore
         if config.reset_optimizer is not True:
             world.print(f"Warning: no optimizer state beside {path.name}; the optimizer starts fresh")
         return True, position, (path, None), None
@@ -214,8 +263,8 @@ def find_start(config: Config, world: World, folder: RunFolder):
     return False, Position(epoch=config.resume), (path, None), None
 
 
-def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, TokenTable]]:
-    """The validation rows, and the tokens of each data file by its key (rank 0 first, the others from its cache)."""
+def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, TokenTable], dict[str, dict]]:
+    """The validation rows, the tokens of each data file by its key (rank 0 first, the others from its cache), and its facts."""
     limits = {"val_path": config.max_val_samples, "train_path": config.max_train_samples}
     if config.debug:
         limits = {"val_path": 32, "train_path": 5000}
@@ -236,7 +285,13 @@ def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, Token
                 f"Note: in {table.merges} of the first {min(len(table), 1000)} rows of {key} tokens would merge across pieces; "
                 "pieces are used"
             )
-    return val_rows, tables
+    return val_rows, tables, {key: data_facts(getattr(config, key), len(table)) for key, table in tables.items()}
+
+
+def data_facts(path: str, n_rows: int) -> dict:
+    """What tells a data file from another: {"file", "sha256", "rows" used}."""
+    with open(path, "rb") as file:
+        return {"file": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "rows": n_rows}
 
 
 def check_lengths(run: Run) -> None:

@@ -6,25 +6,33 @@ loss or gradient is not finite, and every one after it.
 """
 
 import math
-from contextlib import nullcontext
+import shlex
+import zlib
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from accounting import Throughput
 from batches import epoch_batches, prefetched
-from checkpoint import Position
+from checkpoint import save_whole
 from compiled import PREFIX_MULTIPLE
 from dataset import StageDataset, get_cot_latent_dataset, padded_layout
 from evaluate import validate
 from optimizers import build_optimizer, can_skip, learning_rate
 from reporting import Progress
-from utils import micro_seed, whole_file, write_json
+from run_folder import Position
+from stopping import Stopped
+from utils import NoRoom, micro_seed
 
 
-def train(run, position: Position, accumulation: int, optimizer_state: dict | None, resumed: bool) -> None:
-    """All epochs of a `run.Run` from `position` on: train, save, validate."""
+def train(run, position: Position, restore: Callable | None, resumed: bool) -> None:
+    """All epochs of a `run.Run` from `position` on: train, save, validate.
+
+    `restore(model, optimizer)` gives the first optimizer the state that it had there. Raises Stopped where a signal asked
+    for the end, and NoRoom where the disk is full; what could be saved is saved then.
+    """
     config, world, folder = run.config, run.world, run.folder
     if resumed and position.step == 0 and 0 < position.epoch and position.epoch - 1 not in run.evaluated:
         finish_epoch(run, position)
@@ -32,37 +40,38 @@ def train(run, position: Position, accumulation: int, optimizer_state: dict | No
         world.print(f"Nothing left to train: {position.epoch} of {config.num_epochs} epochs are done in {folder.path}")
         return
 
-    trained = run.model
-    if world.size > 1:
-        trained = DistributedDataParallel(run.model, [world.device.index] if world.device.type == "cuda" else None)
-    optimizer = None
-    while position.epoch < config.num_epochs and not stopped_early(run, position.epoch):
-        if config.max_steps is not None and position.global_step >= config.max_steps:
-            world.print(f"Stopped after max_steps: {config.max_steps} updates")
-            return
-        keeps = position.step > 0 or not starts_fresh(config, position.epoch)
-        if optimizer is None or not keeps:
-            optimizer = build_optimizer(run.model, config)
-            if keeps and optimizer_state is not None:
-                optimizer.load_state_dict(optimizer_state)
-            optimizer_state = None
-        if not train_epoch(run, trained, optimizer, position, accumulation):
-            stop_here(run, optimizer, position)
-            return
-        position.next_epoch()
-        if run.writes:
-            # Whatever checkpoint_N alone can't continue goes into last_state, and goes first.
-            needed = not starts_fresh(config, position.epoch) or config.save_only_improve
-            if needed and config.save_training_state:
-                folder.save_last_state(run.model, optimizer, position)
-            if not config.save_only_improve:
-                print("saving model.", flush=True)
-                folder.save_checkpoint(run.model, position)
-            if not needed:
-                folder.drop_last_state()
-        world.barrier()
-        run.meter.watch.mark("saving")
-        finish_epoch(run, position)
+    optimizer, saver, stop = None, run.saver, run.stop
+    try:
+        while position.epoch < config.num_epochs and not stopped_early(run, position.epoch):
+            if config.max_steps is not None and position.global_step >= config.max_steps:
+                world.print(f"Stopped after max_steps: {config.max_steps} updates")
+                break
+            keeps = position.step > 0 or not starts_fresh(config, position.epoch)
+            if optimizer is None or not keeps:
+                optimizer = build_optimizer(run.model, config)
+                if keeps and restore is not None:
+                    restore(run.model, optimizer)
+                restore = None
+            with stop.deferred():
+                finished = train_epoch(run, optimizer, position)
+                if finished:
+                    position.next_epoch()
+                    saver.epoch_done(optimizer, position, alone=starts_fresh(config, position.epoch))
+                else:
+                    saver.snapshot(optimizer, position)
+                run.meter.watch.mark("saving")
+            if world.any(stop.asked):
+                raise Stopped(f"Stopped by {world.gather([stop.name])[0] or 'a signal to another process'}")
+            if not finished:
+                stop_here(run, position)
+                break
+            finish_epoch(run, position)
+        saver.wait()
+    except NoRoom as error:
+        saved = optimizer is not None and saver.last_words(optimizer, position)
+        where = f"epoch {position.epoch + 1}, update {position.step}"
+        what = f"saved at {where}" if saved else f"what came after the last save, up to {where}, is not saved"
+        raise NoRoom(f"{error}; {what}") from None
 
 
 def starts_fresh(config, epoch: int) -> bool:
@@ -71,28 +80,47 @@ def starts_fresh(config, epoch: int) -> bool:
     return config.reset_optimizer is True or (config.reset_optimizer == "stage" and new_stage)
 
 
-def accumulation_steps(config, world) -> int:
-    """Micro-batches a process adds up for one update; prints the effective batch size. ValueError where it can't be met."""
-    micro = config.batch_size_training * world.size
-    accumulation = config.gradient_accumulation_steps
+def update_size(config, world, before: dict | None, position: Position) -> int:
+    """Micro-batches of one update, over all processes; prints the effective batch size.
+
+    `before` is run.json of the run that is resumed: its updates are kept whatever the number of processes is now. ValueError
+    where the effective batch size can't be met, or would change within an epoch.
+    """
+    micro, size = config.batch_size_training, config.gradient_accumulation_steps * world.size
     if config.effective_batch_size:
-        accumulation, rest = divmod(config.effective_batch_size, micro)
-        if rest or not accumulation:
+        size, rest = divmod(config.effective_batch_size, micro)
+        if rest or not size:
             raise ValueError(
-                f"effective_batch_size: {config.effective_batch_size} is no multiple of batch_size_training x processes "
-                f"({config.batch_size_training} x {world.size})"
+                f"effective_batch_size: {config.effective_batch_size} is no multiple of batch_size_training ({micro})"
             )
-    world.print(f"Effective batch size: {micro * accumulation} = {config.batch_size_training} x {accumulation} x {world.size}")
-    if micro * accumulation != 128 and not config.from_scratch:
+    kept = (before or {}).get("micro_batches_per_update")
+    if kept is not None:
+        keys = ("batch_size_training", "gradient_accumulation_steps", "effective_batch_size")
+        changed = [key for key in keys if before["config"][key] != getattr(config, key)]
+        if not changed and kept != size:
+            world.print(
+                f"Note: updates stay those of {kept} micro-batches that this run began with; {world.size} processes now"
+            )
+            size = kept
+        if position.step and (size, micro) != (kept, before["config"]["batch_size_training"]):
+            raise ValueError(
+                f"{', '.join(changed)}: cannot change within epoch {position.epoch + 1}, of which {position.step} updates of "
+                f"{kept} x {before['config']['batch_size_training']} rows are done; change it when the epoch is over"
+            )
+    each = f"{micro} x {size // world.size} x {world.size}"
+    if size % world.size:
+        each = f"{micro} x {size} micro-batches, dealt out to {world.size} processes"
+    world.print(f"Effective batch size: {micro * size} = {each}")
+    if micro * size != 128 and not config.from_scratch:
         world.print("Warning: the published recipes use an effective batch size of 128 (set effective_batch_size: 128)")
-    return accumulation
+    return size
 
 
 # ---------------------------------------------------------------- one epoch
 
 
-def train_epoch(run, trained, optimizer, position: Position, accumulation: int) -> bool:
-    """One epoch from `position.step` on; False where `max_steps` ended it early.
+def train_epoch(run, optimizer, position: Position) -> bool:
+    """One epoch from `position.step` on; False where `max_steps` or a signal ended it early.
 
     Which rows meet in which update depends on (seed, epoch) alone.
     """
@@ -103,7 +131,8 @@ def train_epoch(run, trained, optimizer, position: Position, accumulation: int) 
     batches = epoch_batches(
         len(rows), config.batch_size_training, config.seed, epoch, lengths if config.group_by_length else None
     )
-    per_update = accumulation * world.size
+    parallel, per_update = run.parallel, run.micro_batches_per_update
+    skips = can_skip(optimizer) and not parallel.sharded
     n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
     warmup, total_updates = round(config.warmup_epochs * n_updates), config.num_epochs * n_updates
@@ -136,20 +165,21 @@ def train_epoch(run, trained, optimizer, position: Position, accumulation: int) 
             torch.manual_seed(micro_seed(config.seed, epoch, step * per_update + micro * world.size + world.rank))
             if run.model.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            with trained.no_sync() if world.size > 1 and micro < n_micro - 1 else nullcontext():
+            with parallel.accumulating(last=micro == n_micro - 1):
                 with run.precision():
-                    loss = trained(**batch).loss
+                    loss = parallel.wrapped(**batch).loss
                 watch.mark("suffix+head")
                 if filler:
                     weight = 0.0
                 elif config.accumulation_norm == "tokens":
                     weight = my_tokens[micro] * world.size / sum(tokens)
                 else:
-                    weight = 1 / accumulation
+                    weight = world.size / per_update
                 (loss * weight).backward()
             watch.mark("backward")
             if not filler:
                 loss_sum += loss.detach().to(world.wide) * my_tokens[micro]
+        parallel.reduce_gradients()
         if world.size > 1:
             dist.all_reduce(loss_sum)
         grad_norm = clip_gradients(run.model, config.gradient_clip)
@@ -158,7 +188,7 @@ def train_epoch(run, trained, optimizer, position: Position, accumulation: int) 
         log.add(step, group, tokens, rate, loss_sum, grad_norm)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
-        if can_skip(optimizer):
+        if skips:
             optimizer.found_inf = bad
         else:
             log.flush()  # which raises before a step that must not be
@@ -166,18 +196,22 @@ def train_epoch(run, trained, optimizer, position: Position, accumulation: int) 
         optimizer.zero_grad(set_to_none=True)
         watch.mark("optimizer")
         # ------------------------------------------------------------------
-        save = run.writes and config.save_training_state and config.save_every_steps and step + 1 < n_updates
+        done, stopping = step + 1, world.any(run.stop.asked)
+        save = config.save_every_steps and done < n_updates and not stopping
         save = save and (position.global_step + log.pending) % config.save_every_steps == 0
-        if save or log.pending >= config.log_every or step + 1 == steps.stop:
+        if save or stopping or log.pending >= config.log_every or done == steps.stop:
             log.flush()
         if save:
-            run.folder.save_last_state(run.model, optimizer, position)
+            run.metrics.check()
+            run.saver.snapshot(optimizer, position)
             watch.mark("saving")
+        if stopping:
+            break
 
     run.model.after_pass = None
     ahead.close()
     log.close()
-    return steps.stop == n_updates
+    return position.step == n_updates
 
 
 def micro_batches(groups: list, steps: range, world):
@@ -209,6 +243,8 @@ def on_device(batch: dict, device: torch.device) -> dict:
 def clip_gradients(model, limit: float | None) -> torch.Tensor:
     """The norm of all gradients, on the device; they are scaled down to `limit` where one is set."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of sharded gradients
+        norm = norm.full_tensor()
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
@@ -248,7 +284,7 @@ class Updates:
             position.count(loss_sum, sum(tokens))
             self.bar.update(step, min((step + 1) * self.per_update, self.n_batches) - 1, mean_loss)
             run.metrics.log(
-                event="step", epoch=epoch, stage=self.stage, lr=rate,
+                event="step", epoch=epoch, stage=self.stage, lr=rate, rows=f"{zlib.crc32(np.concatenate(group).tobytes()):08x}",
                 **{"train/epoch": epoch + 1, "train/step": epoch * self.n_updates + step,
                    "train/loss": mean_loss, "train/grad_norm": grad_norm},
             )  # fmt: skip
@@ -271,15 +307,19 @@ class Updates:
 
 
 def stop_on_nonfinite(run, rows: StageDataset, group: list, epoch: int, step: int, loss: float, grad_norm: float) -> None:
-    """Save this rank's micro-batches and raise FloatingPointError; the optimizer has not moved since that update."""
-    path = run.folder.path / f"nonfinite_batch_rank{run.world.rank}"
-    mine = group[run.world.rank :: run.world.size]
-    batches = [rows.batch(numbers, run.tokenizer.pad_token_id) for numbers in mine]
-    with whole_file(path, "wb") as file:
-        torch.save({"epoch": epoch, "step": step, "batches": batches}, file)
+    """Save this rank's micro-batches, and the weights, and raise FloatingPointError; nothing has moved since that update."""
+    world, path = run.world, run.folder.path / f"nonfinite_batch_rank{run.world.rank}"
+    command = f"python -m analysis.replay {shlex.quote(str(path))}"
+    numbers = range(world.rank, len(group), world.size)
+    batches = [rows.batch(group[i], run.tokenizer.pad_token_id) for i in numbers]
+    seeds = [micro_seed(run.config.seed, epoch, step * run.micro_batches_per_update + i) for i in numbers]
+    save_whole({"epoch": epoch, "step": step, "batches": batches, "seeds": seeds}, path)
+    weights = run.saver.weights()
+    if world.is_main:
+        save_whole(weights, run.folder.path / "nonfinite_weights")
     raise FloatingPointError(
         f"loss {loss} or gradient norm {grad_norm} is not finite at epoch {epoch}, update {step}; no step was taken, "
-        f"the batch is in {path}: lower lr, set gradient_clip, or look at its rows (key idx)"
+        f"the batch is in {path}: lower lr, set gradient_clip, or look at it with {command}"
     )
 
 
@@ -291,27 +331,25 @@ def finish_epoch(run, position: Position) -> None:
     config, epoch = run.config, position.epoch - 1
     if position.epoch % config.eval_every and position.epoch < config.num_epochs:
         return
-    summary = validate(run, epoch, f"eval_{epoch + 1}.jsonl" if not config.debug else None, with_loss=True)
+    with run.parallel.whole():
+        summary = validate(run, epoch, f"eval_{epoch + 1}.jsonl" if not config.debug else None, with_loss=True)
     accuracy = summary["eval/acc"]
-    if run.writes and accuracy > max(run.evaluated.values(), default=0.0):
+    if accuracy > max(run.evaluated.values(), default=0.0):
         if config.save_only_improve:
-            print("saving model.", flush=True)
-            run.folder.save_checkpoint(run.model, position)
-        best = {"file": f"checkpoint_{epoch + 1}", "epoch": epoch, "accuracy": accuracy}
-        write_json(run.folder.path / "best.json", best)
+            run.saver.checkpoint(position)
+        run.saver.best({"file": f"checkpoint_{epoch + 1}", "epoch": epoch, "accuracy": accuracy})
     run.metrics.log(event="eval", epoch=epoch, **summary)
+    run.metrics.check()
     run.evaluated[epoch] = accuracy
     run.world.barrier()
     run.meter.watch.mark("evaluation")
 
 
-def stop_here(run, optimizer, position: Position) -> None:
-    """End a run at `max_steps`, within an epoch: keep its state for the next start, and say how good it is."""
+def stop_here(run, position: Position) -> None:
+    """End a run at `max_steps`, within an epoch: say how good it is."""
     run.world.print(f"Stopped after max_steps: {run.config.max_steps} updates, in epoch {position.epoch + 1}")
-    if run.writes and run.config.save_training_state:
-        run.folder.save_last_state(run.model, optimizer, position)
-    run.meter.watch.mark("saving")
-    summary = validate(run, position.epoch, None, with_loss=True)
+    with run.parallel.whole():
+        summary = validate(run, position.epoch, None, with_loss=True)
     run.metrics.log(event="eval", epoch=position.epoch, **summary)
     run.meter.watch.mark("evaluation")
 

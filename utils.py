@@ -1,22 +1,21 @@
-"""The run config (YAML + overrides, checked before any compute), seeds, the process group, and files written whole.
+"""The run config (YAML + overrides, checked before any compute), seeds, and files written whole.
 
 config = load_config("args/prosqa_coconut_1gpu.yaml", ["lr=3e-4", "num_epochs=10"])
 """
 
 import difflib
+import errno
 import json
 import os
 import random
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -24,6 +23,10 @@ METHOD_FLAGS = ("coconut", "cot", "no_thoughts", "no_cot")
 PAUSE_MODES = ("frozen", "learned_shared", "pause_curriculum")
 FEEDBACK_NAMES = ("continuous", *PAUSE_MODES, "pause_multipass")
 PLACEHOLDER = re.compile(r"^YOUR_PATH")
+
+
+class NoRoom(ValueError):
+    """A disk that is full or fails: nobody's mistake, and the same command goes on once there is room."""
 
 
 class Config(BaseModel):
@@ -93,8 +96,14 @@ class Config(BaseModel):
     min_delta: float = Field(0.0, ge=0)
     max_steps: int | None = Field(None, ge=1)
 
+    # processes
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    consolidate: bool = True
+
     # run folder and logging
     auto_resume: bool = True
+    keep: str = "all"
+    async_save: bool = True
     save_training_state: bool = True
     save_every_steps: int = Field(500, ge=0)
     log_every: int = Field(10, ge=1)
@@ -121,6 +130,13 @@ class Config(BaseModel):
     @classmethod
     def _nothing(cls, value):
         return None if value in ("None", "none", "null", "") else value
+
+    @field_validator("keep")
+    @classmethod
+    def _known_policy(cls, value):
+        if not re.fullmatch(r"all|best|(last|every) [1-9]\d*", value):
+            raise ValueError("must be all, best, last K or every N")
+        return value
 
     @property
     def plain(self) -> bool:
@@ -261,6 +277,15 @@ def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
         problems.append("compile: cannot be combined with activation_checkpointing; set one of them to False")
     if given.get("batch_size_training") == "auto" and given.get("gradient_accumulation_steps", 1) != 1:
         problems.append("batch_size_training: auto sets the accumulation itself; give effective_batch_size instead")
+    if given.get("parallel") == "fsdp2":
+        if given.get("compile"):
+            problems.append("compile: cannot be combined with parallel: fsdp2; set it to False")
+        if given.get("batch_size_training") == "auto":
+            problems.append("batch_size_training: auto cannot be combined with parallel: fsdp2; give a number")
+        if given.get("bf16") == "pure":
+            problems.append(
+                "bf16: pure cannot be combined with parallel: fsdp2; True keeps float32 master weights in the shards"
+            )
     return problems
 
 
@@ -280,80 +305,6 @@ def micro_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-# ---------------------------------------------------------------- the process group
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers. One process without torchrun is a world of one."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The widest floating-point type of the device, for sums."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    def print(self, *args) -> None:
-        if self.is_main:
-            print(*args, flush=True)
-
-    def sum(self, *values: float) -> list[float]:
-        """Sums over ranks, in float64."""
-        if self.size == 1:
-            return [float(v) for v in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, items: list) -> list:
-        """All ranks' items in one list, on every rank."""
-        if self.size == 1:
-            return items
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
-
-    def from_main(self, value):
-        """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-
-@contextmanager
-def process_group(device: str = "auto"):
-    """Yield this process's `World`: nccl on CUDA, gloo elsewhere, nothing without torchrun."""
-    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    if size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield World(rank, size, place)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
-
-
-_TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-
-
 # ---------------------------------------------------------------- files written whole
 
 
@@ -361,7 +312,7 @@ _TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 def whole_file(path: str | os.PathLike, mode: str = "w"):
     """Write a file under a temporary name in its folder and rename it into place, so that it is never half there.
 
-    Raises ValueError with the free space where the disk refuses.
+    Raises ValueError with the free space where the disk refuses (`NoRoom` where it is full or fails).
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -373,7 +324,8 @@ def whole_file(path: str | os.PathLike, mode: str = "w"):
         os.replace(temporary, path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise ValueError(
+        kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else ValueError
+        raise kind(
             f"cannot write {path} ({' '.join(str(error).split())[:120]}); {free / 1e9:.2f} GB free in its folder: "
             "make room and start the same command again; what was written before is intact"
         ) from None
@@ -388,8 +340,22 @@ def write_json(path: str | os.PathLike, value) -> None:
         file.write("\n")
 
 
+def read_json(path: str | os.PathLike):
+    """The value of a JSON file. ValueError that names the file where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # also what is no UTF-8
+        raise ValueError(f"{path} is damaged, it is not JSON ({error}); restore it from a copy or delete it") from None
+
+
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """The records of a JSON-lines file; a last line torn by a killed process is left out. No file: no records."""
     path = Path(path)
     lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
+    return records

@@ -19,7 +19,7 @@ from analysis.subject import Problems, Prompts, Subject, positions
 from coconut import Coconut
 from dataset import get_question_latent_dataset
 from evaluate import evaluate
-from utils import World
+from world import World
 
 ROWS = 100  # problems that the checks look at
 TOLERANCE = 1e-3  # nats; one batch in another shape differs by rounding

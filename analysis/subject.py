@@ -29,7 +29,8 @@ from dataset import Lengths, MyCollator, TokenTable, evaluation_latents, get_dat
 from evaluate import evaluate
 from passes import Plan
 from two_choice import has_options, score_options
-from utils import Config, World, read_jsonl
+from utils import Config, read_jsonl
+from world import World
 
 BATCH_SIZE = {"cpu": 100}  # prompts at a time; elsewhere:
 BATCH_SIZE_ELSEWHERE = 512

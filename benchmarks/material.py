@@ -24,7 +24,8 @@ from coconut import Coconut
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset, load_rows
 from run import Run
 from training import host_batch, on_device
-from utils import World, check_config
+from utils import check_config
+from world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ROOT / "backbones/prosqa_words"

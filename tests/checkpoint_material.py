@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from backbones.tiny import word_tokenizer, write
-from checkpoint import Position, RunFolder, build_model
+from checkpoint import build_model
+from run_folder import Position, RunFolder
 from utils import Config, check_config
 
 METHODS = {

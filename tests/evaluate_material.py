@@ -13,13 +13,15 @@ from conftest import ROOT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from checkpoint import RunFolder, build_model
+from checkpoint import build_model
 from coconut import Coconut, Rollout
 from data import two_chain
 from data.prosqa_rows import draw_rows
 from dataset import TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset
 from run import Run
-from utils import World, check_config
+from run_folder import RunFolder
+from utils import check_config
+from world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 N_ROWS = 11

@@ -22,8 +22,6 @@ from checkpoint_material import (
 
 import backbones
 from checkpoint import (
-    Position,
-    RunFolder,
     build_model,
     find_checkpoint,
     load_run,
@@ -32,6 +30,7 @@ from checkpoint import (
     read_weights,
     stored_weights,
 )
+from run_folder import Position, RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +85,10 @@ def test_state_file_says_what_the_checkpoint_is(config_for):
     config = config_for("pause_curriculum")
     folder = RunFolder(config)
     folder.open(exclusive=True)
-    folder.save_checkpoint(build_model(config)[0], Position(epoch=4, global_step=812), note="kept")
+    folder.save_checkpoint(build_model(config)[0], Position(epoch=4, global_step=812))
     state = json.loads((folder.path / "state_4").read_text())
     expected = {"epoch": 3, "global_step": 812, "feedback_mode": "pause_curriculum", "model_key": "m5", "seed": 3,
-                "stock_loadable": False, "note": "kept", "config": config.model_dump()}  # fmt: skip
+                "stock_loadable": False, "config": config.model_dump()}  # fmt: skip
     assert {key: state[key] for key in expected} == expected
     assert state["versions"].keys() == {"code", "python", "torch", "transformers"}
     assert state["versions"]["torch"] == torch.__version__

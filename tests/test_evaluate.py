@@ -30,7 +30,7 @@ from dataset import (
     question_hash,
 )
 from evaluate import evaluate_loss, generate_records, shard_batches, summarize
-from utils import World
+from world import World
 
 # ---------------------------------------------------------------------------------------------------- sharding
 

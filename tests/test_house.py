@@ -9,22 +9,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"attention", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
 DATA = {"dataset", "batches"}
-CORE = MODEL | DATA | {"utils", "accounting", "reporting", "microbatch"}
+CORE = MODEL | DATA | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel"}
+RUNS = {"checkpoint", "sharding", "run_folder", "saving", "evaluate"}
 MAY_IMPORT = {
     **{name: set() for name in CORE},
     "generation": {"attention"},
     "coconut": {"attention", "generation", "passes"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
     "batches": {"dataset"},
-    "reporting": {"accounting"},
+    "reporting": {"accounting", "utils"},
+    "parallel": {"sharding"},
     "checkpoint": CORE,
     "two_choice": CORE,
     "evaluate": CORE | {"two_choice"},
-    "training": CORE | {"checkpoint", "evaluate"},
-    "run": CORE | {"checkpoint", "evaluate", "training"},
+    "sharding": CORE | {"checkpoint"},
+    "run_folder": CORE | {"checkpoint", "sharding"},
+    "saving": CORE | {"checkpoint", "sharding", "run_folder"},
+    "training": CORE | RUNS,
+    "run": CORE | RUNS | {"training"},
     "data": {"data"},
-    "analysis": CORE | {"checkpoint", "evaluate", "two_choice", "data", "analysis"},
-    "benchmarks": CORE | {"checkpoint", "evaluate", "training", "data", "run", "analysis"},
+    "analysis": CORE | RUNS | {"two_choice", "data", "analysis"},
+    "benchmarks": CORE | RUNS | {"training", "data", "run", "analysis"},
 }
 SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
 

@@ -11,10 +11,12 @@ from checkpoint_material import make_config, same, started, touch, write_backbon
 
 import checkpoint
 import run
+import utils
 from backbones.tiny import word_tokenizer, write
-from checkpoint import Position, RunFolder, build_model, numbered_checkpoints, read_last_state, stored_weights
+from checkpoint import build_model, numbered_checkpoints, stored_weights
 from optimizers import build_optimizer
-from utils import World
+from run_folder import Position, RunFolder, read_snapshot
+from world import World
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +194,8 @@ def test_resume_takes_whichever_is_further(config_for, capsys):
     for position in (Position(10, 0, 100), Position(10, 2, 102, 1.5, 6.0)):
         last_state(folder, model, position)
         assert folder.find_resume() == (folder.path / "last_state", position), "at the same place it knows more"
-    folder.drop_last_state()
-    folder.drop_last_state()
+    folder.drop_snapshots()
+    folder.drop_snapshots()
     assert folder.find_resume()[0] == folder.path / "checkpoint_10"
     assert "Warning" not in capsys.readouterr().out
 
@@ -216,7 +218,7 @@ def test_truncated_files_are_passed_over_with_a_message(config_for, capsys):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert folder.find_resume() == (folder.path / "checkpoint_2", Position(epoch=2, global_step=20))
     out = capsys.readouterr().out
-    assert "last_state is not readable" in out and "checkpoint_3 is not a readable checkpoint" in out
+    assert "last_state is not a readable checkpoint" in out and "checkpoint_3 is not a readable checkpoint" in out
     for n in (1, 2):
         (folder.path / f"checkpoint_{n}").write_text("")
     assert folder.find_resume() is None
@@ -228,12 +230,12 @@ def test_last_state_gives_everything_back(config_for):
     model(torch.tensor([[5, 6, model.latent_token_id, 7]]), labels=torch.tensor([[-100, -100, -100, 7]])).loss.backward()
     optimizer.step()
     folder.save_last_state(model, optimizer, Position(2, 1, 21))
-    weights, state = read_last_state(folder.path / "last_state")
+    weights, restore = read_snapshot(folder.path / "last_state", sharded=False)
     assert same(weights, stored_weights(model))
     again = build_model(folder.config, folder.path / "last_state", weights)[0]
     assert same(stored_weights(again), stored_weights(model))
     restored = build_optimizer(again, folder.config)
-    restored.load_state_dict(state)
+    restore(again, restored)
     moments = [[v for v in s.values()] for s in optimizer.state.values()]
     assert moments and all(
         torch.equal(a, b) for mine, theirs in zip(moments, restored.state.values()) for a, b in zip(mine, theirs.values())
@@ -284,7 +286,7 @@ def test_failed_write_keeps_what_was_there_and_names_the_remedy(config_for, monk
 
 def test_full_disk_at_the_side_file_names_the_remedy_too(config_for, monkeypatch):
     folder, model = started(config_for())
-    monkeypatch.setattr(checkpoint.json, "dump", lambda value, file, **_: full_disk(value, file.buffer))
+    monkeypatch.setattr(utils.json, "dump", lambda value, file, **_: full_disk(value, file.buffer))
     with pytest.raises(ValueError, match="make room"):
         folder.save_checkpoint(model, Position(epoch=2))
     assert numbered_checkpoints(folder.path) == [1]

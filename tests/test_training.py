@@ -115,7 +115,7 @@ def test_an_optimizer_that_can_skip_leaves_everything_as_it_is(name, skips):
 
 
 def test_batches_are_made_for_each_rank_in_turn():
-    from utils import World
+    from world import World
 
     groups = [["a", "b", "c", "d"], ["e", "f", "g"]]
     device = torch.device("cpu")

@@ -1,0 +1,270 @@
+"""The folder of one training run: its lock, what is written to it and kept, and where a run goes on.
+
+    folder = RunFolder(config)
+    folder.open(exclusive=True)              # refuses a second process, and a folder that holds another run
+    folder.find_resume()                     # the newest state that can be read, if there is one
+    folder.save_checkpoint(model, position)
+
+`<save_path>/<name>/` holds
+    checkpoint_N   weights after N epochs: one flat state dict of tensors, readable by the stock code
+    state_N        JSON: what checkpoint_N is (epoch, mode, seed, resolved config, versions, size)
+    last_state     weights, optimizer and position of the newest snapshot that checkpoint_N alone can't continue;
+                   last_shards_STEP/ where the parameters are sharded (sharding.py), with sharded_N/ for unconsolidated weights
+    run.json       the resolved config of the training run; best.json the best validated checkpoint
+    metrics.jsonl  every step and evaluation; eval_N.jsonl the per-question records
+"""
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import (
+    numbered_checkpoints,
+    on_cpu,
+    read_weights,
+    read_whole,
+    save_whole,
+    stored_model,
+    stored_weights,
+    versions,
+)
+from coconut import Coconut
+from utils import Config, read_json, read_jsonl, whole_file, write_json
+
+
+@dataclass
+class Position:
+    """Where training stands: `epoch` epochs are done and `step` updates of the next one, `global_step` in all."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    loss_tokens: float = 0.0
+
+    def count(self, loss_sum: float, tokens: int) -> None:
+        """One update is done; `loss_sum` in nats over `tokens` labelled tokens."""
+        self.step, self.global_step = self.step + 1, self.global_step + 1
+        self.loss_sum, self.loss_tokens = self.loss_sum + loss_sum, self.loss_tokens + tokens
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.loss_sum, self.loss_tokens = self.epoch + 1, 0, 0.0, 0.0
+
+
+class RunFolder:
+    """The folder of one training run. All writing happens on rank 0."""
+
+    def __init__(self, config: Config):
+        self.path, self.config = config.run_dir, config
+        self.metrics = self.path / "metrics.jsonl"
+        self._lock = None
+
+    def open(self, exclusive: bool) -> None:
+        """Create the folder; for training keep other processes out and clear what a killed one left half-written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"save_path: cannot make the folder {self.path}: {error.strerror}") from None
+        if not exclusive:
+            return
+        self._refuse_other_run()
+        self._lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is training in {self.path}; stop it or give this run another name") from None
+        for leftover in self.path.glob(".tmp-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
+            records = read_jsonl(self.metrics)
+            with whole_file(self.metrics) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def evaluations(self, up_to_epoch: int) -> dict[int, float]:
+        """{epoch index: accuracy} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
+        records = (r for r in read_jsonl(self.metrics) if r["event"] == "eval" and r["epoch"] < up_to_epoch)
+        return {r["epoch"]: r["eval/acc"] for r in records}
+
+    def holds_states(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(numbered_checkpoints(self.path) or self.snapshots())
+
+    def before(self) -> dict | None:
+        """run.json of the run that would be resumed here; None where there is nothing to resume or it does not say."""
+        file = self.path / "run.json"
+        return read_json(file) if file.is_file() and self.holds_states() else None
+
+    def micro_batch(self) -> int | None:
+        """The micro-batch of the run that would be resumed here: rows meet in the same batches only if it is kept."""
+        before = self.before()
+        return before and before["config"]["batch_size_training"]
+
+    # ------------------------------------------------------------ saving
+
+    def begin(self, model: Coconut, **facts) -> None:
+        """Write what the run is."""
+        values = {"model_key": self.config.model_key, "config": self.config.model_dump(), "versions": versions()}
+        write_json(self.path / "run.json", values | facts)
+        if model.pause_embedding is not None and not (self.path / "pause_init").is_file():
+            save_whole(model.pause_embedding.detach().cpu().clone(), self.path / "pause_init")
+
+    def _refuse_other_run(self) -> None:
+        before, now = self.before(), self.config.model_dump()
+        if before is None:
+            return
+        before = before["config"]
+        if now["batch_size_training"] == "auto":
+            now["batch_size_training"] = before.get("batch_size_training")
+        differing = [key for key in now if before.get(key) != now[key]]
+        identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
+        fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
+        if fatal:
+            raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
+        if differing:
+            print("Warning: resuming with other settings: " + "; ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in differing))
+
+    def save_checkpoint(self, model: Coconut, position: Position, weights: dict | None = None) -> Path:
+        """Write state_N, then checkpoint_N, for N = position.epoch epochs done. `weights`: copies made before (default: now)."""
+        weights = stored_weights(model) if weights is None else weights
+        self.describe(model, position, weights)
+        path = self.path / f"checkpoint_{position.epoch}"
+        save_whole(weights, path)
+        return path
+
+    def describe(self, model: Coconut, position: Position, weights: dict[str, torch.Tensor]) -> None:
+        """Write state_N, which says what the weights after N = position.epoch epochs are."""
+        sizes = {id(value): value.numel() * value.element_size() for value in weights.values()}
+        state = {
+            "epoch": position.epoch - 1,
+            "global_step": position.global_step,
+            "feedback_mode": model.feedback_mode,
+            "model_key": self.config.model_key,
+            "seed": self.config.seed,
+            "tensor_bytes": sum(sizes.values()),
+            "stock_loadable": self.config.plain or model.feedback_mode == "continuous",
+            "config": self.config.model_dump(),
+            "versions": versions(),
+        }
+        write_json(self.path / f"state_{position.epoch}", state)
+
+    def save_last_state(self, model: Coconut, optimizer, position: Position, copies: dict | None = None) -> None:
+        """Write everything that continuing from here needs, in one file. `copies`: of `training_state` (default: now)."""
+        copies = training_state(model, optimizer) if copies is None else copies
+        save_whole(copies | {"position": vars(position)}, self.path / "last_state")
+
+    def drop_snapshots(self, but: str | None = None) -> None:
+        """Remove snapshots that a checkpoint_N, or the one named `but`, has overtaken."""
+        for path in self.snapshots():
+            if path.name != but:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def snapshots(self) -> list[Path]:
+        """Every `last_state` and `last_shards_STEP` here."""
+        return [p for p in self.path.glob("last_*") if p.name == "last_state" or re.fullmatch(r"last_shards_\d+", p.name)]
+
+    def tidy(self, keep: str) -> None:
+        """Remove the checkpoints (and their state_N) that the policy does not keep; never the newest, never the best.
+
+        `keep`: all, best, last K, every N. Weights left in shards (sharded_N) count like checkpoint_N.
+        """
+        held = numbered_checkpoints(self.path, "checkpoint_") + numbered_checkpoints(self.path, "sharded_")
+        numbers = sorted(set(held))
+        word, n = (keep.split() + [0])[:2]
+        wanted = {
+            "all": numbers,
+            "best": [],
+            "last": numbers[-int(n) :],
+            "every": [i for i in numbers if not i % max(int(n), 1)],
+        }
+        best = read_json(self.path / "best.json")["epoch"] + 1 if (self.path / "best.json").is_file() else None
+        for i in set(numbers) - {*wanted[word], best, numbers[-1] if numbers else None}:
+            (self.path / f"checkpoint_{i}").unlink(missing_ok=True)
+            shutil.rmtree(self.path / f"sharded_{i}", ignore_errors=True)
+            (self.path / f"state_{i}").unlink(missing_ok=True)
+
+    def pause_distance(self, model: Coconut) -> dict[str, float]:
+        """{"pause_l2": how far the pause vector is from where it started}; empty for modes without one."""
+        init = self.path / "pause_init"
+        if model.pause_embedding is None or not init.is_file():
+            return {}
+        pause_D = model.pause_embedding.detach()
+        pause_D = pause_D.full_tensor() if hasattr(pause_D, "full_tensor") else pause_D
+        return {"pause_l2": float((pause_D.float().cpu() - read_whole(init)).norm())}
+
+    # ------------------------------------------------------------ resuming
+
+    def find_resume(self) -> tuple[Path, Position] | None:
+        """The newest undamaged state to continue from: a snapshot or a checkpoint_N, whichever is further."""
+        found = [(Position(epoch=n), self.path / f"checkpoint_{n}") for n in numbered_checkpoints(self.path)]
+        for path in self.snapshots():
+            try:
+                found.append((Position(**snapshot_position(path)), path))
+            except ValueError as error:
+                print(f"Warning: {error}; going on without it")
+        for position, path in sorted(found, key=lambda c: (c[0].epoch, c[0].step, c[1].name.startswith("last")), reverse=True):
+            if path.name.startswith("last"):
+                return path, position
+            try:
+                read_weights(path)
+            except ValueError as error:
+                print(f"Warning: {error}; falling back to the one before")
+                continue
+            side = self.path / f"state_{position.epoch}"
+            try:
+                position.global_step = read_json(side)["global_step"] if side.is_file() else 0
+            except ValueError as error:
+                print(f"Warning: {error}; updates are counted from 0")
+            return path, position
+        return None
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+def training_state(model: Coconut, optimizer) -> dict:
+    """Copies on the CPU of weights and optimizer state, which training can then go on changing."""
+    copies: dict = {}
+    return {
+        "model": on_cpu(stored_model(model).state_dict(), copies),
+        "optimizer": on_cpu(optimizer.state_dict(), copies),
+    }
+
+
+def snapshot_position(path: Path) -> dict:
+    """The position of a snapshot. ValueError where it is damaged anywhere."""
+    if path.is_dir():
+        from sharding import read_index
+
+        return read_index(path)["position"]
+    state = read_whole(path)
+    if not isinstance(state, dict) or not {"model", "optimizer", "position"} <= state.keys():
+        raise ValueError(f"{path} is not a training state")
+    return state["position"]
+
+
+def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
+    """(weights, restore) of a snapshot, by processes that hold whole parameters or sharded ones.
+
+    `restore(model, optimizer)` gives the optimizer its state back; all ranks call it together. Weights are None where
+    the parameters must be sharded before `sharding.load_shards` can fill them.
+    """
+    if not path.is_dir() and not sharded:
+        state = read_whole(path)
+        return state["model"], lambda model, optimizer: optimizer.load_state_dict(state["optimizer"])
+    import sharding as shards
+
+    if not path.is_dir():
+        state = read_whole(path)
+        return state["model"], lambda model, optimizer: shards.load_indexed_optimizer(state["optimizer"], model, optimizer)
+    if sharded:
+        return None, lambda model, optimizer: shards.load_sharded_optimizer(path, "optimizer.", model, optimizer)
+    weights, optimizer_state = (shards.load_whole(path, prefix) for prefix in ("model.", "optimizer."))
+    tied = shards.read_index(path)["tied"]
+    weights |= {name: weights[first] for name, first in tied.items()}
+    return weights, lambda model, optimizer: shards.load_whole_optimizer(optimizer_state, model, optimizer)

@@ -1,0 +1,187 @@
+"""What a run saves and when, written behind the back of training.
+
+    saver = Saver(run.folder, run.model, run.parallel, world, enabled=True)
+    saver.snapshot(optimizer, position)       # all that going on from here needs
+    saver.epoch_done(optimizer, position)     # checkpoint_N, with a snapshot before it where it alone can't be continued
+    saver.wait()                              # until all of it lies on the disk
+
+Copies are made at once; a thread of its own writes them, in the order in which they were asked for. After a write that
+failed nothing more is written, so that no later file speaks of one that is not there; the next call raises its error.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from checkpoint import stored_model, stored_weights
+from run_folder import Position, RunFolder, training_state
+from utils import NoRoom, write_json
+
+
+class Writer:
+    """Does jobs one after another, in a thread of its own or (`background=False`) at once."""
+
+    def __init__(self, background: bool):
+        self.thread = ThreadPoolExecutor(1, "saving") if background else None
+        self.pending: list[Future] = []
+        self.failed: Exception | None = None
+
+    def do(self, *jobs: Callable[[], object]) -> None:
+        """Queue jobs. Raises the error of an earlier one that failed."""
+        self.check()
+        for job in jobs:
+            if self.thread is None:
+                job()
+            else:
+                self.pending.append(self.thread.submit(self._unless_failed, job))
+
+    def check(self) -> None:
+        """Raise the error of a job that failed since the last look; it is raised once."""
+        self.pending = [job for job in self.pending if not job.done()]
+        error, self.failed = self.failed, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until all is done. Raises the error of a job that failed."""
+        for job in self.pending:
+            job.result()
+        self.check()
+
+    def _unless_failed(self, job: Callable[[], object]) -> None:
+        try:
+            if self.failed is None:
+                job()
+        except Exception as error:  # raised in the caller's thread, at its next look
+            self.failed = error
+
+
+class Saver:
+    """Saves for all kinds of parallelism: sharded ones write together and at once, else rank 0 writes behind the back."""
+
+    def __init__(self, folder: RunFolder, model, parallel, world, enabled: bool):
+        self.folder, self.model, self.parallel, self.world, self.config = folder, model, parallel, world, folder.config
+        self.enabled = enabled and (world.is_main or parallel.sharded)
+        self.writes = enabled and world.is_main
+        self.writer = Writer(self.config.async_save and self.writes)
+
+    def snapshot(self, optimizer, position: Position) -> None:
+        """All that going on from `position` needs: `last_state`, or with sharded parameters `last_shards_STEP`."""
+        if not (self.enabled and self.config.save_training_state):
+            return
+        self.writer.wait()  # no more than one set of copies at a time
+        if self.parallel.sharded:
+            self._snapshot_in_shards(optimizer, position)
+        else:
+            copies = training_state(self.model, optimizer)
+            save = partial(self.folder.save_last_state, self.model, optimizer, copy.copy(position), copies)
+            self.writer.do(save, partial(self.folder.drop_snapshots, "last_state"))
+
+    def epoch_done(self, optimizer, position: Position, alone: bool) -> None:
+        """Save what an epoch left; `alone`: checkpoint_N suffices to go on from here."""
+        if not self.enabled:
+            return
+        unconsolidated = self.parallel.sharded and not self.config.consolidate
+        if not alone or self.config.save_only_improve or unconsolidated:
+            self.snapshot(optimizer, position)
+        if not self.config.save_only_improve:
+            self.checkpoint(position)
+        if alone and not self.config.save_only_improve and not unconsolidated and self.writes:
+            self.writer.do(self.folder.drop_snapshots)
+
+    def checkpoint(self, position: Position) -> None:
+        """The weights as checkpoint_N (or, sharded and not to be consolidated, as sharded_N); then what `keep` is done with."""
+        if not self.enabled:
+            return
+        if self.writes:
+            print("saving model.", flush=True)
+        position = copy.copy(position)
+        if self.parallel.sharded and not self.config.consolidate:
+            self.writer.wait()
+            self._weights_in_shards(position)
+        else:
+            weights = self.weights()
+            if self.writes:
+                self.writer.do(partial(self.folder.save_checkpoint, self.model, position, weights))
+        if self.writes:
+            self.writer.do(partial(self.folder.tidy, self.config.keep))
+
+    def best(self, record: dict) -> None:
+        """Note the best checkpoint, once it is written."""
+        if self.writes:
+            self.writer.do(partial(write_json, self.folder.path / "best.json", record))
+
+    def weights(self) -> dict:
+        """Copies of the whole weights on the CPU, under the names of a checkpoint file; on rank 0, empty elsewhere."""
+        if self.parallel.sharded:
+            from sharding import gathered_weights
+
+            return gathered_weights(stored_model(self.model), self.world.is_main)
+        return stored_weights(self.model) if self.world.is_main else {}
+
+    def wait(self) -> None:
+        """Until all that was asked for is written. Raises NoRoom where the disk refused."""
+        self.writer.wait()
+
+    def close(self) -> None:
+        """Let what was asked for be written, whatever else has gone wrong; say so where that fails."""
+        try:
+            self.wait()
+        except ValueError as error:
+            print(f"Warning: {error}", flush=True)
+
+    def last_words(self, optimizer, position: Position) -> bool:
+        """Save what can be saved once a write has failed; whether that worked."""
+        try:
+            self.snapshot(optimizer, position)
+            self.wait()
+        except (NoRoom, ValueError):
+            return False
+        return self.enabled and self.config.save_training_state
+
+    # ------------------------------------------------------------ sharded
+
+    def _snapshot_in_shards(self, optimizer, position: Position) -> None:
+        from sharding import optimizer_tensors, save_shards, unique_tensors
+
+        tensors, tied = unique_tensors(stored_model(self.model))
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.model, optimizer).items()}
+        facts = {"position": vars(position), "tied": tied}
+        path = self.folder.path / f"last_shards_{position.global_step}"
+        save_shards(path, tensors, facts, self.world)
+        if self.writes:
+            self.folder.drop_snapshots(path.name)
+
+    def _weights_in_shards(self, position: Position) -> None:
+        from sharding import save_shards, unique_tensors
+
+        tensors, tied = unique_tensors(stored_model(self.model))
+        if self.writes:
+            self.folder.describe(self.model, position, tensors)
+        save_shards(self.folder.path / f"sharded_{position.epoch}", tensors, {"tied": tied}, self.world)
+
+
+def disk_need(config, model, epochs_left: int) -> tuple[int, int]:
+    """(bytes that a run's checkpoints will take, bytes of its snapshot and of one file being written beside them)."""
+    stored = {id(t): t.numel() * t.element_size() for t in stored_model(model).state_dict(keep_vars=True).values()}
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    one = sum(stored.values())
+    word, n = (config.keep.split() + ["1"])[:2]
+    saves = epochs_left
+    kept = {"all": saves, "best": 2, "last": int(n) + 1, "every": saves // int(n) + 2}[word]
+    moments = {"adamw": 2, "sgd": 1}[config.optimizer]
+    snapshot = one + moments * trained if config.save_training_state else 0
+    return min(kept, saves) * one, 2 * snapshot
+
+
+def announce_disk_need(config, model, epochs_left: int, folder) -> None:
+    """Print what the run will write and what is free, before it starts; a warning where it will not fit."""
+    checkpoints, rest = disk_need(config, model, epochs_left)
+    free = shutil.disk_usage(folder).free
+    print(f"Disk: {checkpoints / 1e9:.2f} GB of checkpoints (keep: {config.keep}) and {rest / 1e9:.2f} GB to resume from; "
+          f"{free / 1e9:.2f} GB free in {folder}", flush=True)  # fmt: skip
+    if checkpoints + rest > free:
+        print("Warning: this will not fit; set keep: last 2 (or best), or save_path to a larger disk", flush=True)
