@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import zipfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,13 +45,13 @@ def read_whole(path: str | Path):
     ValueError where the file is of another kind, cut short or damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} is not a readable checkpoint: cut short, damaged, or another kind of file ({error})"
-        ) from None
+    with open(path, "rb") as file:  # errors of the disk speak for themselves
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # of the format: damage can raise anything, from BadZipFile to UnicodeDecodeError
+            kinds = "cut short, damaged, or another kind of file"
+            raise ValueError(f"{path} is not a readable checkpoint: {kinds} ({error})") from None
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong; use the checkpoint before it or a copy")
     try:
@@ -152,6 +151,8 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = path if path.is_dir() else path.parent
     held = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
     shown = f"{folder} holds {', '.join(held[:20]) or 'nothing'}" if folder.is_dir() else f"{folder} does not exist either"
+    if any(name.startswith("sharded_") for name in held):
+        shown += f"; python sharding.py {folder} makes checkpoint files of its shards"
     raise ValueError(f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)")
 
 

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from accounting import PHASES, Shape, Stopwatch, Throughput
 from utils import NoRoom
 
+WANDB_SECONDS = 20  # to wait for its server at the start
+
 
 class Metrics:
     """Appends records to `<run folder>/metrics.jsonl` and sends their stock keys (those with a /) and the rates to wandb.
@@ -98,26 +100,31 @@ def wanted(config) -> bool:
 
 
 def open_wandb(config, folder: Path):
-    """A wandb run that continues the folder's earlier one; None, with one line, where it can't be opened."""
-    id_file = folder / "wandb_id"
-    try:
-        import wandb
+    """A wandb run that continues the folder's earlier one; offline where the server can't be reached, else None."""
+    id_file, wished = folder / "wandb_id", config.wandb_mode or os.environ.get("WANDB_MODE") or "online"
+    reason = ""
+    for mode in dict.fromkeys((wished, "offline")):
+        try:
+            import wandb
 
-        run = wandb.init(
-            project=config.project,
-            name=config.name,
-            config=config.model_dump(),
-            id=id_file.read_text() if id_file.is_file() else None,
-            resume="allow",
-            mode=config.wandb_mode or os.environ.get("WANDB_MODE") or "online",
-            dir=folder,
-            settings=wandb.Settings(init_timeout=60),
-        )
-        id_file.write_text(run.id)
-        return run
-    except Exception as error:  # a logging service must never stop training
-        print(f"Warning: wandb is off ({' '.join(str(error).split())[:150]})", flush=True)
-        return None
+            run = wandb.init(
+                project=config.project,
+                name=config.name,
+                config=config.model_dump(),
+                id=id_file.read_text() if id_file.is_file() else None,
+                resume="allow",
+                mode=mode,
+                dir=folder,
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+            )
+            id_file.write_text(run.id)
+            if mode != wished:
+                print(f"Warning: wandb is offline ({reason}); later: wandb sync {folder}/wandb/offline-run-*", flush=True)
+            return run
+        except Exception as error:  # a logging service must never stop training
+            reason = " ".join(str(error).split())[:150]
+    print(f"Warning: wandb is off ({reason})", flush=True)
+    return None
 
 
 class Progress:

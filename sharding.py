@@ -184,7 +184,9 @@ def read_index(path: Path) -> dict:
 
 def load_shards(path: Path, tensors: dict[str, torch.Tensor], alone: bool = False) -> None:
     """Fill tensors (sharded in any way, or whole) by name; all ranks call this together, or one process `alone`."""
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    with warnings.catch_warnings():  # that a process reads alone
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
 
 
 def load_sharded_model(path: Path, model) -> None:

@@ -1,12 +1,12 @@
-"""The CPU benchmark: P1, P2, P4, P6, P7 and the slow oracle, as ratios taken side by side in one process.
+"""The CPU benchmark: P1, P2, P4, P6, P7, the slow oracle, scaling and saving, as ratios taken side by side in one run.
 
-    bash scripts/bench.sh                      # benchmarks/cpu.json and cpu.md, about 13 minutes on 2 quiet cores
+    bash scripts/bench.sh                      # benchmarks/cpu.json and cpu.md, about 35 minutes on 2 quiet cores
     bash scripts/bench.sh --quick --out DIR    # few rounds of the smallest shape: does it run
-    bash scripts/bench.sh --only P7            # P1 (with P2 and ref), P4, P6 or P7 alone; may be repeated
+    bash scripts/bench.sh --only P7            # P1 (with P2 and ref), P4, P6, P7, scaling or saving alone; may be repeated
 
 Every ratio is the median of at least seven per-round ratios after a warm-up, with the 95 % interval of the median beside it;
 a target within that interval is a tie. Rows are the official ProsQA validation rows at the last stage, with six latents. What
-the measures mean is said in ratios.py and start_and_batches.py; bench_gpu.py is the benchmark of a GPU.
+the measures mean is said in ratios.py, start_and_batches.py and processes.py; bench_gpu.py is the benchmark of a GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import table
+from . import processes, table
 from .material import ROOT, Material, Source, environment, generate_data
 from .ratios import Sizes, measure_generation, measure_steps
 from .start_and_batches import measure_batches, measure_padding, measure_start
@@ -35,7 +35,7 @@ SIZES = {
 QUICK = {
     "words 2x128": Sizes(4, 4, 2, rounds=2, slow_rounds=2, prompts=4, new_tokens=8, every=2, evaluated_tokens=4),
 }
-MEASURES = ("P1", "P4", "P6", "P7")
+MEASURES = ("P1", "P4", "P6", "P7", "scaling", "saving")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,6 +77,13 @@ def measure(source: Source, sizes: dict[str, Sizes], measures, quick: bool):
                     yield measure_steps(material, size, shape)
                 if "P4" in measures:
                     yield measure_generation(material, size, shape)
+        for shape, load in (processes.QUICK if quick else processes.LOADS).items():
+            if {"scaling", "saving"} & {*measures} and (quick or shape in sizes):
+                runner = processes.Runner(folder, shape, source, load)
+                if "scaling" in measures:
+                    yield processes.measure_scaling(runner)
+                if "saving" in measures:
+                    yield processes.measure_saving(runner)
         if "P6" in measures:
             yield measure_padding(Material("GPT-2 2x64", source, CPU), source.rows_name, 32)
         if {"P6", "P7"} & {*measures}:

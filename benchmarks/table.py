@@ -20,7 +20,10 @@ TARGETS: dict[str, dict] = {
         "P4": (">=", 40),
         "P4 evaluation": (">=", 40),
         "P6 padding": (">=", 95),
-        "P7": ("<=", 10),
+        ("P7", "tokens not cached"): ("<=", 20),
+        ("P7", "tokens cached"): ("<=", 8),
+        "scaling": (">=", 85),
+        "saving": ("<=", 5),
     },
     "gpu": {
         "P1": ("<=", 1.0),

@@ -15,9 +15,10 @@ from torch.distributed.run import main
 REQUEUE = 75
 
 
-def exit_code(failures: list[int]) -> int:
-    """One code for several processes: 75 where one was killed or says so, else the first one's."""
-    return REQUEUE if any(code < 0 or code == REQUEUE for code in failures) else failures[0]
+def exit_code(error: ChildFailedError) -> int:
+    """That of the process which failed first, for it makes the others fail; 75 where a signal killed it."""
+    _, first = error.get_first_failure()
+    return REQUEUE if first.exitcode < 0 else first.exitcode
 
 
 if __name__ == "__main__":
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ChildFailedError as error:
-        sys.exit(exit_code([failure.exitcode for failure in error.failures.values()]))
+        sys.exit(exit_code(error))
     except SignalException as error:
         print(f"interrupted: {error}", file=sys.stderr)
         sys.exit(REQUEUE)

@@ -168,6 +168,22 @@ def test_wandb_that_cannot_open_only_warns(no_account, tmp_path, monkeypatch, ca
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["train/loss"] == 1.0
 
 
+def test_an_unreachable_wandb_server_leaves_an_offline_run(no_account, tmp_path, monkeypatch, capsys):
+    module, calls = fake_wandb([]), []
+
+    def init(**kwargs):
+        calls.append(kwargs["mode"])
+        if kwargs["mode"] == "online":
+            raise RuntimeError("no network")
+        return fake_wandb([]).init()
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    metrics = Metrics(settings(wandb=True), tmp_path, enabled=True)
+    assert calls == ["online", "offline"] and metrics.wandb is not None
+    assert "Warning: wandb is offline (no network); later: wandb sync" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", ["log", "finish"])
 def test_wandb_that_fails_later_does_not_stop_training(no_account, tmp_path, monkeypatch, broken):
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb([], **{broken: RuntimeError("server gone")}))

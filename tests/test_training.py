@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import run
 import training
 from accounting import PHASES
 from optimizers import build_optimizer, can_skip
+from run_folder import Position
 from utils import Config
+from world import World
 
 
 def records(tmp_path, name, event):
@@ -115,9 +118,46 @@ def test_an_optimizer_that_can_skip_leaves_everything_as_it_is(name, skips):
 
 
 def test_batches_are_made_for_each_rank_in_turn():
-    from world import World
-
     groups = [["a", "b", "c", "d"], ["e", "f", "g"]]
     device = torch.device("cpu")
     mine = [list(training.micro_batches(groups, range(2), World(rank, 2, device))) for rank in (0, 1)]
     assert mine == [["a", "c", "e", "g"], ["b", "d", "f", "e"]], "a rank with none left repeats the first of the group"
+
+
+# ---------------------------------------------------------------- the size of an update
+
+
+def size_of(world_size: int, before=None, step: int = 0, **changes) -> int:
+    from checkpoint_material import make_config
+
+    config = make_config(Path("nowhere"), "nothing", **{"batch_size_training": 8} | changes)
+    return training.update_size(config, World(0, world_size, torch.device("cpu")), before, Position(step=step))
+
+
+def begun(world_size: int, **changes) -> dict:
+    """run.json of a run that was begun so."""
+    keys = {"batch_size_training": 8, "gradient_accumulation_steps": 1, "effective_batch_size": None} | changes
+    return {"config": keys, "micro_batches_per_update": size_of(world_size, **changes)}
+
+
+def test_updates_keep_their_size_with_another_number_of_processes(capsys):
+    assert size_of(4) == 4 and size_of(1, begun(4)) == size_of(2, begun(4)) == size_of(3, begun(4)) == 4
+    out = capsys.readouterr().out
+    assert "Effective batch size: 32 = 8 x 2 x 2" in out and "dealt out to 3 processes" in out
+    assert (
+        size_of(2, effective_batch_size=48) == size_of(3, effective_batch_size=48) == size_of(5, effective_batch_size=48) == 6
+    )
+    with pytest.raises(ValueError, match="effective_batch_size: 20 is no multiple of batch_size_training"):
+        size_of(1, effective_batch_size=20)
+
+
+def test_a_size_that_is_changed_on_purpose_changes_between_epochs_only():
+    assert size_of(1, begun(4), gradient_accumulation_steps=2) == 2
+    assert size_of(1, {"config": {}}) == 1, "an older run does not say"
+    assert size_of(2, begun(4), step=3) == 4
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps: cannot change within epoch 1, of which 3 updates of 4 x 8"
+    ):
+        size_of(1, begun(4), step=3, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="batch_size_training: cannot change within epoch"):
+        size_of(1, begun(4), step=3, batch_size_training=4)
