@@ -245,6 +245,8 @@ def find_start(config: Config, world: World, folder: RunFolder):
         found = world.from_main(folder.find_resume() if world.is_main else None)
     if found is not None:
         path, position = found
+        if not path.exists():
+            raise ValueError(f"save_path: {path}, which rank 0 goes on from, is not on this machine; all must share save_path")
         world.print("Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!")
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
         if path.name.startswith("last_"):

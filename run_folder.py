@@ -17,7 +17,6 @@
 import fcntl
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from checkpoint import (
     versions,
 )
 from coconut import Coconut
-from utils import Config, read_json, read_jsonl, whole_file, write_json
+from utils import Config, read_json, read_jsonl, remove, whole_file, write_json
 
 
 @dataclass
@@ -80,7 +79,7 @@ class RunFolder:
         except OSError:
             raise ValueError(f"another process is training in {self.path}; stop it or give this run another name") from None
         for leftover in self.path.glob(".tmp-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
         if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
             records = read_jsonl(self.metrics)
             with whole_file(self.metrics) as file:
@@ -162,7 +161,7 @@ class RunFolder:
         """Remove snapshots that a checkpoint_N, or the one named `but`, has overtaken."""
         for path in self.snapshots():
             if path.name != but:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
     def snapshots(self) -> list[Path]:
         """Every `last_state` and `last_shards_STEP` here."""
@@ -184,9 +183,12 @@ class RunFolder:
         }
         best = read_json(self.path / "best.json")["epoch"] + 1 if (self.path / "best.json").is_file() else None
         for i in set(numbers) - {*wanted[word], best, numbers[-1] if numbers else None}:
-            (self.path / f"checkpoint_{i}").unlink(missing_ok=True)
-            shutil.rmtree(self.path / f"sharded_{i}", ignore_errors=True)
-            (self.path / f"state_{i}").unlink(missing_ok=True)
+            for name in ("checkpoint", "sharded", "state"):
+                remove(self.path / f"{name}_{i}")
+
+    def has_weights(self, epochs: int) -> bool:
+        """Whether the weights after so many epochs lie here."""
+        return any((self.path / f"{name}_{epochs}").exists() for name in ("checkpoint", "sharded"))
 
     def pause_distance(self, model: Coconut) -> dict[str, float]:
         """{"pause_l2": how far the pause vector is from where it started}; empty for modes without one."""

@@ -108,6 +108,14 @@ class Saver:
         if self.writes:
             self.writer.do(partial(self.folder.tidy, self.config.keep))
 
+    def catch_up(self, position: Position) -> None:
+        """What a kill right behind a snapshot, or behind a checkpoint_N, left undone."""
+        there = self.world.from_main(self.folder.has_weights(position.epoch) if self.world.is_main else None)
+        if position.step == 0 and position.epoch and not there and not self.config.save_only_improve:
+            self.checkpoint(position)
+        elif self.writes:
+            self.writer.do(partial(self.folder.tidy, self.config.keep))
+
     def best(self, record: dict) -> None:
         """Note the best checkpoint, once it is written."""
         if self.writes:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from checkpoint import save_whole, stored_model
 from coconut import decoder_blocks
 from parallel import Alone
-from utils import NoRoom, read_json, write_json
+from utils import NoRoom, read_json, remove, write_json
 
 INDEX = "index.json"
 
@@ -154,7 +154,7 @@ def save_shards(path: Path, tensors: dict[str, torch.Tensor], facts: dict, world
     sums = dict(world.gather([(file.name, _checksum(file)) for file in mine]))
     if world.is_main:
         write_json(temporary / INDEX, facts | {"files": sums})
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         temporary.rename(path)
     world.barrier()
 
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
             for folder in folders:
                 print(f"{folder} -> {consolidate(folder)}", flush=True)
                 if args.delete:
-                    shutil.rmtree(folder)
+                    remove(folder)
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,6 +34,8 @@ def train(run, position: Position, restore: Callable | None, resumed: bool) -> N
     for the end, and NoRoom where the disk is full; what could be saved is saved then.
     """
     config, world, folder = run.config, run.world, run.folder
+    if resumed:
+        run.saver.catch_up(position)
     if resumed and position.step == 0 and 0 < position.epoch and position.epoch - 1 not in run.evaluated:
         finish_epoch(run, position)
     if position.epoch >= config.num_epochs:

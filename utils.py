@@ -333,6 +333,17 @@ def whole_file(path: str | os.PathLike, mode: str = "w"):
         temporary.unlink(missing_ok=True)
 
 
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file or a folder, if it is there; a folder under another name, so that half of it is never taken for it."""
+    path = Path(path)
+    if path.is_dir():
+        doomed = path.with_name(f".tmp-removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike, value) -> None:
     """Write indented JSON, whole."""
     with whole_file(path) as file:

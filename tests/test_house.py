@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "run": CORE | RUNS | {"training"},
     "data": {"data"},
     "analysis": CORE | RUNS | {"two_choice", "data", "analysis"},
+    "scripts": set(),
     "benchmarks": CORE | RUNS | {"training", "data", "run", "analysis"},
 }
 SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
