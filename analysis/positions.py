@@ -1,7 +1,7 @@
 """Where the parts of a ProsQA question stand among its tokens, for edits and probes that aim at them.
 
-    places = Places.of(row, tokenizer)
-    places.facts[3], places.person, places.on_path      # token positions, counted from the row's first token
+places = Places.of(row, tokenizer)
+places.facts[3], places.person, places.on_path      # token positions, counted from the row's first token
 """
 
 import re

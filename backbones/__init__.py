@@ -6,6 +6,8 @@ model = load_backbone("backbones/prosqa_tiny", from_scratch=True, seed=0)
 grow_vocabulary(model, tokenizer, ids)
 """
 
+import importlib.metadata
+import re
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+MINIMUM = {"torch": "2.11", "transformers": "5.17"}  # scripts/test_matrix.sh tries the oldest transformers
 THOUGHT_TOKENS = (
     "<|start-latent|>",
     "<|end-latent|>",
@@ -61,7 +64,18 @@ def fuse_activations(model):
     return model
 
 
+def check_versions(installed=importlib.metadata.version) -> None:
+    """ValueError where an installed library is older than the oldest supported; `installed`: name -> version."""
+    for name, oldest in MINIMUM.items():
+        release = re.match(r"(\d+)\.(\d+)", installed(name))
+        if tuple(map(int, release.groups())) < tuple(map(int, oldest.split("."))):
+            raise ValueError(
+                f"{name} {installed(name)} is older than {oldest}, the oldest supported: pip install -r requirements.txt"
+            )
+
+
 def _from_hub(auto_class, model_id: str, **kwargs):
+    check_versions()
     try:
         return auto_class.from_pretrained(model_id, **kwargs)
     except (OSError, ValueError, KeyError) as error:

@@ -158,23 +158,14 @@ take_next() { # the first that waits becomes the current one; with none left the
     written logs/queue.list "${fields[@]:1}"
 }
 
-worker_code() { # the exit code of the process that failed first, from torchrun's report in the log after a position
-    tail -c "+$(($2 + 1))" -- "$1" | sed -nE 's/^ *exitcode *: *(-?[0-9]+) .*/\1/p' | tail -n 1
-}
-
 attempt() { # run the current command once; sets $code as a shell would: 128 + signal for a killed process
-    local begin found pid
-    begin=$(wc -c 2>/dev/null <"logs/$name.log") || begin=0
+    local pid
     code=0
     setsid "${command[@]}" >>"logs/$name.log" 2>&1 </dev/null &
     pid=$!
     echo "$pid" >"logs/$name.pid"
     if [ -f "logs/$name.stop" ]; then kill -TERM "$pid" 2>/dev/null || true; fi # asked for before there was a process
     wait "$pid" || code=$?
-    if [ "$code" -ne 0 ] && [ "$nproc" -gt 1 ]; then # torchrun says 1, whatever its processes said
-        found=$(worker_code "logs/$name.log" "$begin")
-        [ -z "$found" ] || code=$((found < 0 ? 128 - found : found))
-    fi
 }
 
 run_one() { # one run to its end: done, failed, or stopped
@@ -182,7 +173,7 @@ run_one() { # one run to its end: done, failed, or stopped
     read_fields "logs/$name.job"
     python=${fields[0]} nproc=${fields[1]} config=${fields[3]} overrides=("${fields[@]:4}")
     command=("$python")
-    if [ "$nproc" -gt 1 ]; then command+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc"); fi
+    if [ "$nproc" -gt 1 ]; then command+=(scripts/torchrun.py --standalone "--nproc_per_node=$nproc"); fi
     command+=(run.py "$config" "${overrides[@]}")
     while :; do
         say "$name: starts"
@@ -240,7 +231,7 @@ signal() { # to a run: KILL to all its processes, or TERM to those that save
     # shellcheck disable=SC2046 # numbers
     if [ -n "$now" ]; then
         kill -KILL $(descendants "$pid")
-    elif [ "$(tr '\0' ' ' <"/proc/$pid/cmdline" | grep -c torch.distributed.run)" -gt 0 ] && [ -n "$(children "$pid")" ]; then
+    elif [ "$(tr '\0' ' ' <"/proc/$pid/cmdline" | grep -c scripts/torchrun.py)" -gt 0 ] && [ -n "$(children "$pid")" ]; then
         kill -TERM $(children "$pid") # torchrun itself would give them 30 s
     else
         kill -TERM -- "-$pid" || kill -TERM "$pid" # a process that has not become the leader of its group yet

@@ -271,3 +271,13 @@ def test_tokenizer_loads_the_same_through_the_library():
         AutoTokenizer.from_pretrained(FOLDER / "prosqa_words"),
     )
     assert mine.get_vocab() == theirs.get_vocab()
+
+
+def test_libraries_that_are_too_old_are_named():
+    current = {"torch": "2.11.0+cpu", "transformers": "5.17.0"}
+    backbones.check_versions(current.get)
+    for name, version, word in (("torch", "2.9.1", "2.11"), ("transformers", "4.57.0", "5.17")):
+        with pytest.raises(ValueError, match=rf"{name} {version} is older than {word}.*pip install -r requirements.txt"):
+            backbones.check_versions((current | {name: version}).get)
+    script = (FOLDER.parent / "scripts/test_matrix.sh").read_text()
+    assert f"oldest={backbones.MINIMUM['transformers']}." in script, "the matrix tries the oldest one"

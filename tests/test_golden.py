@@ -1,10 +1,11 @@
-"""Recorded numbers: the stock code on a tiny GPT-2, and a model made by formula, against silent drift of a library."""
+"""Recorded numbers: the stock code on a tiny GPT-2, and tiny models of every family, against silent drift of a library."""
 
 import json
 
 import pytest
 import torch
-from tiny import EOS, build, wrap
+from golden import families
+from golden.drift import HERE, difference, read_record, report
 
 from backbones import add_thought_tokens, grow_vocabulary, load_backbone, load_tokenizer
 from coconut import Coconut
@@ -72,47 +73,40 @@ def test_batched_generation_equals_stock(golden, stage):
             assert upto(row, records["eos"]) == upto(case["new_tokens"], records["eos"])
 
 
-# ---------------------------------------------------------------- a model by formula
+# ---------------------------------------------------------------- tiny models of every family
 
-# Logits of tokens 0, 7, 31 and 58 in the last column of both rows, float64; equal to the slow oracle when recorded.
-RECORDED = {
-    ("gpt2", "continuous"): [
-        [1.968731059531, -0.844899563286, 0.413613586807, 1.602674051343],
-        [1.304695040456, -0.904244531133, -0.072084282633, 0.880879510807],
-    ],
-    ("gpt2", "learned_shared"): [
-        [1.830071550601, -0.874027610380, 0.295366651690, 1.443145159991],
-        [1.264503605019, -0.901854450414, -0.095467191685, 0.840340673179],
-    ],
-    ("llama", "continuous"): [
-        [-0.317315071285, 0.390646442547, 0.189182469937, -0.124381525657],
-        [-0.002423794206, 0.365914284391, 0.366343586598, 0.190070244074],
-    ],
-    ("llama", "learned_shared"): [
-        [-0.137558302884, 0.264595648192, 0.177776135802, -0.003788760111],
-        [-0.276898664105, 0.697525473849, 0.523655996675, 0.079168194085],
-    ],
-}
+NAMES = [*families.FAMILIES, *families.FOLDERS]
+KNOWN = [name for name in families.FAMILIES if families.left_out(name) is None]
 
 
-def by_formula(family):
-    """A model whose weights come from sines, so that no random generator's version matters."""
-    base = build(family)
-    with torch.no_grad():
-        for i, parameter in enumerate(base.parameters()):
-            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 1.7 + i)
-            parameter.copy_(wave.view_as(parameter) * 0.5 + (parameter.ndim == 1) * 0.5)
-    return base
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_have_not_drifted(name):
+    """Parameter names, initialisation, logits, greedy tokens, loss curves are as recorded, or the message says what moved."""
+    if name in families.FAMILIES and name not in KNOWN:
+        pytest.skip(families.left_out(name))
+    record = read_record(name)
+    assert record, f"nothing is recorded of {name}: python tests/golden/make.py --only {name}"
+    moved = report(name, record, families.measure(name, salt=record.get("salt", 0)))
+    assert moved is None, moved
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("mode", ["continuous", "learned_shared"])
-def test_logits_have_not_drifted(mode, family):
-    ids = torch.tensor([[5, 9, 56, 58, 58, 58, 57, 11, 3], [EOS, 8, 56, 58, 57, 21, 40, 2, 30]])
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    logits = wrap(by_formula(family), mode)(ids, mask).logits[:, -1, [0, 7, 31, 58]]
-    # The library computes rotary angles in float32, which not all CPUs round alike.
-    tolerance = 1e-9 if family == "gpt2" else 1e-6
-    expected = torch.tensor(RECORDED[family, mode], dtype=torch.float64)
-    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("name", KNOWN)
+def test_recorded_tokens_are_clear(name):
+    """No rounding can choose another token: the smallest margin is far above it, and is that of the recorded tokens."""
+    record = read_record(name)
+    margin = families.smallest_margin(families.build_family(name, record["salt"]), record["tokens"])
+    assert margin == pytest.approx(record["margin"], abs=1e-4) and record["margin"] > families.MARGIN
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_recorded_is_right(name):
+    """Batched logits behind filled thoughts are those of whole passes over single rows, without padding and cache."""
+    base = families.build_family(name, read_record(name)["salt"]).double()
+    for mode in families.MODES["logits"]:
+        slow, fast = families.slow_logits(base, mode), families.logits(base, mode)
+        assert difference("logits", slow, fast, 1e-6) is None, mode
+
+
+def test_every_record_is_compared():
+    recorded = {path.stem for path in HERE.glob("*.json")}
+    assert recorded <= {*NAMES, "losses"} and len(recorded) >= 9

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "scripts": set(),
     "benchmarks": CORE | RUNS | {"training", "data", "run", "analysis"},
 }
-SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if not {".venv", ".matrix", "tests"} & set(p.relative_to(ROOT).parts)]
 
 
 def imported(path: Path) -> set[str]:

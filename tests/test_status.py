@@ -170,8 +170,10 @@ def test_states_of_a_queue(tmp_path):
     def states() -> list[str]:
         return [found.state for found in find_runs([logs, tmp_path / "runs"])]
 
-    stand_in = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "run_queue"])
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    stand_in = subprocess.Popen([sys.executable, "-c", code, "run_queue"], stdout=subprocess.PIPE)
     try:
+        assert stand_in.stdout.readline() == b"up\n"
         (logs / "queue.pid").write_text(f"{stand_in.pid}\n")
         found = find_runs([logs, tmp_path / "runs"])
         assert [f.name for f in found] == list(names)

@@ -155,9 +155,7 @@ def test_a_size_that_is_changed_on_purpose_changes_between_epochs_only():
     assert size_of(1, begun(4), gradient_accumulation_steps=2) == 2
     assert size_of(1, {"config": {}}) == 1, "an older run does not say"
     assert size_of(2, begun(4), step=3) == 4
-    with pytest.raises(
-        ValueError, match="gradient_accumulation_steps: cannot change within epoch 1, .* 3 updates of 4 x 8"
-    ):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: cannot change within epoch 1, .* 3 updates of 4 x 8"):
         size_of(1, begun(4), step=3, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="batch_size_training: cannot change within epoch"):
         size_of(1, begun(4), step=3, batch_size_training=4)
