@@ -142,7 +142,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if path.is_dir():
         best = path / "best.json"
-        files = [str(read_json(best).get("file"))] if best.is_file() else []
+        files = [str(read_json(best, "file")["file"])] if best.is_file() else []
         files = [name for name in files if NUMBERED.fullmatch(name)]  # a name, no path out of the folder
         for name in [*files, *(f"checkpoint_{n}" for n in reversed(numbered_checkpoints(path)))]:
             if (path / name).is_file():
@@ -243,7 +243,7 @@ def load_run(path: str | Path, **changes):
         raise ValueError(
             f"{path} has no state_N or run.json beside it that says what it is; stock files need a YAML and run.py"
         )
-    config = check_config(read_json(side)["config"] | changes, str(side))
+    config = check_config(read_json(side, "config")["config"] | changes, str(side))
     model, tokenizer, ids, _ = build_model(config, path)
     return model.eval(), tokenizer, ids, config
 

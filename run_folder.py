@@ -87,7 +87,8 @@ class RunFolder:
 
     def evaluations(self, up_to_epoch: int) -> dict[int, float]:
         """{epoch index: accuracy} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
-        records = (r for r in read_jsonl(self.metrics) if r["event"] == "eval" and r["epoch"] < up_to_epoch)
+        evaluated = (r for r in read_jsonl(self.metrics, "event") if r["event"] == "eval")
+        records = (r for r in evaluated if r["epoch"] < up_to_epoch)
         return {r["epoch"]: r["eval/acc"] for r in records}
 
     def holds_states(self) -> bool:
@@ -97,7 +98,7 @@ class RunFolder:
     def before(self) -> dict | None:
         """run.json of the run that would be resumed here; None where there is nothing to resume or it does not say."""
         file = self.path / "run.json"
-        return read_json(file) if file.is_file() and self.holds_states() else None
+        return read_json(file, "config") if file.is_file() and self.holds_states() else None
 
     def micro_batch(self) -> int | None:
         """The micro-batch of the run that would be resumed here: rows meet in the same batches only if it is kept."""
@@ -181,7 +182,8 @@ class RunFolder:
             "last": numbers[-int(n) :],
             "every": [i for i in numbers if not i % max(int(n), 1)],
         }
-        best = read_json(self.path / "best.json")["epoch"] + 1 if (self.path / "best.json").is_file() else None
+        file = self.path / "best.json"
+        best = read_json(file, "epoch")["epoch"] + 1 if file.is_file() else None
         for i in set(numbers) - {*wanted[word], best, numbers[-1] if numbers else None}:
             for name in ("checkpoint", "sharded", "state"):
                 remove(self.path / f"{name}_{i}")
@@ -219,7 +221,7 @@ class RunFolder:
                 continue
             side = self.path / f"state_{position.epoch}"
             try:
-                position.global_step = read_json(side)["global_step"] if side.is_file() else 0
+                position.global_step = read_json(side, "global_step")["global_step"] if side.is_file() else 0
             except ValueError as error:
                 print(f"Warning: {error}; updates are counted from 0")
             return path, position

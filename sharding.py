@@ -171,7 +171,7 @@ def read_index(path: Path) -> dict:
     """The index of a sharded checkpoint, after its files were compared with it. ValueError where one is missing or damaged."""
     if not (path / INDEX).is_file():
         raise ValueError(f"{path} is not a sharded checkpoint: it has no {INDEX}")
-    index = read_json(path / INDEX)
+    index = read_json(path / INDEX, "files", "tied")
     unknown = sorted({file.name for file in path.glob("*.safetensors")} - set(index["files"]))
     if unknown:
         raise ValueError(f"{path} holds {unknown[0]}, which its {INDEX} does not know; take it out")

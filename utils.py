@@ -351,22 +351,31 @@ def write_json(path: str | os.PathLike, value) -> None:
         file.write("\n")
 
 
-def read_json(path: str | os.PathLike):
-    """The value of a JSON file. ValueError that names the file where it is damaged."""
+def read_json(path: str | os.PathLike, *keys: str):
+    """The value of a JSON file; with `keys` an object that has them. ValueError that names the file where it is damaged."""
     try:
-        return json.loads(Path(path).read_text())
+        return _holding(json.loads(Path(path).read_text()), keys)
     except ValueError as error:  # also what is no UTF-8
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}); restore it from a copy or delete it") from None
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy or delete it") from None
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The records of a JSON-lines file; a last line torn by a killed process is left out. No file: no records."""
+def read_jsonl(path: str | os.PathLike, *keys: str) -> list[dict]:
+    """The records of a JSON-lines file; a last line torn by a killed process is left out. No file: no records.
+
+    ValueError that names file and line where one is damaged, or is no object that has `keys`.
+    """
     path = Path(path)
-    lines = path.read_text().split("\n") if path.is_file() else []
+    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            records += [json.loads(line)] if line else []
+            records += [_holding(json.loads(line), keys)] if line else []
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
     return records
+
+
+def _holding(value, keys: tuple[str, ...]):
+    if keys and not (isinstance(value, dict) and {*keys} <= value.keys()):
+        raise ValueError(f"not an object with {', '.join(keys)}")
+    return value
