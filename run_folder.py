@@ -245,7 +245,10 @@ def snapshot_position(path: Path) -> dict:
     if path.is_dir():
         from sharding import read_index
 
-        return read_index(path)["position"]
+        index = read_index(path)
+        if "position" not in index:
+            raise ValueError(f"{path} is not a training state")
+        return index["position"]
     state = read_whole(path)
     if not isinstance(state, dict) or not {"model", "optimizer", "position"} <= state.keys():
         raise ValueError(f"{path} is not a training state")

@@ -71,6 +71,17 @@ class World:
             dist.barrier()
 
 
+def _store(size: int) -> dist.Store:
+    """Where the processes find each other; their launcher's, under a name of its own for every restart.
+
+    torchrun keeps one store for all its restarts, and the addresses in it would be those of the processes before.
+    """
+    if size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextmanager
 def process_group(device: str = "auto", always: bool = False):
     """Yield this process's `World`: nccl on CUDA, gloo for what hosts say to each other, nothing without torchrun.
@@ -85,8 +96,8 @@ def process_group(device: str = "auto", always: bool = False):
         torch.cuda.set_device(place)
     grouped = size > 1 or always
     if grouped:
-        alone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **alone)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size)
     try:
         yield World(rank, size, place)
     finally:
