@@ -15,7 +15,7 @@ Shape letters: B rows, T columns, C columns of one pass, S slots of one pass, D 
 
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,10 @@ from transformers import DynamicCache
 import generation
 from attention import append_cache, no_cache, visible, visible_to
 from passes import Pass, Plan, plan_passes
+from taps import checkpoints_activations, decoder_blocks, edited, refuse_scaled_logits, tapped
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
-Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache"])
+Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache", "columns"])
 Edit = Callable[[int, "Pass", Tensor], Tensor | None]
 
 MAX_N_LATENT = 8  # importable for older scripts; there is no limit here
@@ -165,7 +166,7 @@ class Coconut(nn.Module):
         self.compiled = False  # see compiled.py
         self.after_pass: Callable[[Pass, bool], None] | None = None
         self.gen_forward_cnt = 0
-        _refuse_scaled_logits(base_causallm.config)
+        refuse_scaled_logits(base_causallm.config)
         # Files hold `pause_embedding` and `feedback_mode_id` at the top level, not under the submodule's name.
         self.register_state_dict_post_hook(_lift_feedback_keys)
         self.register_load_state_dict_pre_hook(_sink_feedback_keys)
@@ -202,7 +203,8 @@ class Coconut(nn.Module):
         `attention_mask` ([B, T], 0 at padding; default all ones) and `position_ids` ([B, T]; default counts real columns)
         may pad on both sides. `plan` is what `self.plan` made of the same batch on the CPU (default: made here). `cache` is
         an empty cache to keep; without one it is dropped. Returns the hidden states after the final norm, the embeddings
-        that were fed, and the cache. At right padding, states are arbitrary.
+        that were fed, the cache, and what else the backbone says of each column (`columns`: name -> [B, T, ...], or None). At
+        right padding, states are arbitrary.
         """
         plan = plan or self.plan(input_ids, attention_mask, position_ids, row_ids=row_ids)
         n_columns = input_ids.shape[1]
@@ -217,22 +219,24 @@ class Coconut(nn.Module):
         cuts = sorted({edge for pass_ in plan.passes for edge in (pass_.start, pass_.stop)})
         pieces = dict(zip(cuts, self.embedding(input_ids).split([b - a for a, b in zip(cuts, cuts[1:])], 1)))
         read = {slot.column - 1 for pass_ in plan.passes for slot in pass_.slots}
-        fed, states, state_of, end = [], [], {}, 0
+        fed, states, said, state_of, end = [], [], [], {}, 0
         for pass_ in plan.passes:
             if pass_.start < end:
                 cache.crop(pass_.start - end)
             x_BCD = _join([piece for start, piece in pieces.items() if pass_.start <= start < pass_.stop])
             x_BCD = self._fill(x_BCD, pass_, state_of)
             mask, positions_BC = visible_to(seen, pass_.start, pass_.stop), positions_BT[:, pass_.start : pass_.stop]
-            x_BCD, h_BCD = self._backbone_pass(x_BCD, pass_, mask, positions_BC, cache, edit)
+            x_BCD, h_BCD, columns = self._backbone_pass(x_BCD, pass_, mask, positions_BC, cache, edit)
             state_of |= {column: h_BCD[:, column - pass_.start] for column in read if pass_.start <= column < pass_.stop}
             end = pass_.stop
             if not pass_.again:
                 fed.append(x_BCD)
                 states.append(h_BCD)
+                said.append(columns)
             if self.after_pass is not None:
                 self.after_pass(pass_, pass_ is plan.passes[-1])
-        return Rollout(_join(states), _join(fed), cache)
+        columns = {name: _join([part[name] for part in said]) for name in said[0]} if said[0] else None
+        return Rollout(_join(states), _join(fed), cache, columns)
 
     def _positions(self, plan: Plan, input_ids, attention_mask, position_ids, compiled: bool) -> Tensor:
         """Positions [B or 1, T]; those at padding are arbitrary, and within the model's limit."""
@@ -265,15 +269,15 @@ class Coconut(nn.Module):
             thought_BSD = torch.where(has_BS.to(x_BCD.device, non_blocking=True)[..., None], thought_BSD, own_BSD)
         return _join([part for part in (before, thought_BSD, after) if part.shape[1]])
 
-    def _backbone_pass(self, x_BCD, pass_: Pass, mask, positions_BC, cache, edit) -> tuple[Tensor, Tensor]:
+    def _backbone_pass(self, x_BCD, pass_: Pass, mask, positions_BC, cache, edit) -> tuple[Tensor, Tensor, dict | None]:
         """The one call of the backbone; `mask` is over past and present columns ([B, P + C], or an additive one
         [B, 1, C, P + C]; None: all real).
 
-        Returns what the pass was given (after the edit) and its states after the final norm.
+        Returns what the pass was given (after the edit), its states after the final norm, and the backbone's `columns`.
         """
         base = self.base_causallm
         self.gen_forward_cnt += 1
-        if cache is not None and self.training and _checkpoints_activations(base):
+        if cache is not None and self.training and checkpoints_activations(base):
             raise ValueError("gradient checkpointing switches the cache off, which makes multi-pass results wrong; disable it")
         with ExitStack() as hooks:
             if self.compiled and (edit is not None or not self.training):
@@ -281,10 +285,10 @@ class Coconut(nn.Module):
             elif self.compiled:  # code is made anew for other strides
                 mask, positions_BC = (None if x is None else x.clone() for x in (mask, positions_BC))
             if edit is not None:
-                x_BCD = _edited(edit, 0, pass_, x_BCD)
+                x_BCD = edited(edit, 0, pass_, x_BCD)
                 for layer in getattr(edit, "layers", ()):
                     if layer > 0:
-                        hooks.enter_context(_tapped(decoder_blocks(base)[layer - 1], edit, layer, pass_))
+                        hooks.enter_context(tapped(decoder_blocks(base)[layer - 1], edit, layer, pass_))
             out = base.base_model(
                 inputs_embeds=x_BCD,
                 attention_mask=mask,
@@ -292,7 +296,7 @@ class Coconut(nn.Module):
                 past_key_values=no_cache(base.config) if cache is None and mask is None else cache,
                 use_cache=cache is not None,
             )
-        return x_BCD, out.last_hidden_state
+        return x_BCD, out.last_hidden_state, getattr(out, "columns", None)
 
     # ------------------------------------------------------------ training
 
@@ -301,12 +305,17 @@ class Coconut(nn.Module):
         lm_head = self.base_causallm.get_output_embeddings()
         return F.linear(hidden, self.embedding.weight) if lm_head is None else lm_head(hidden)
 
-    def label_losses(self, hidden_BTD: Tensor, labels_BT: Tensor, labelled=None) -> tuple[Tensor, Tensor]:
+    def label_losses(self, hidden_BTD: Tensor, labels_BT: Tensor, labelled=None, columns=None) -> tuple[Tensor, Tensor]:
         """Cross-entropy (float32 or wider, [N]) at the N labelled positions and the row of each; only they meet the head.
 
-        `labelled`: their rows and columns where a plan knows them (finding them waits for the device).
+        `labelled`: their rows and columns where a plan knows them (finding them waits for the device). A backbone with a
+        loss of its own (`token_losses`) gets its `columns` there, in training.
         """
         rows_N, columns_N = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True) if labelled is None else labelled
+        if self.training and columns is not None and hasattr(self.base_causallm, "token_losses"):
+            own = {name: values[rows_N, columns_N] for name, values in columns.items()}
+            targets_N = labels_BT[rows_N, columns_N + 1]
+            return self.base_causallm.token_losses(hidden_BTD[rows_N, columns_N], own, targets_N), rows_N
         logits_NV = self.head(hidden_BTD[rows_N, columns_N])
         logits_NV = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
         return F.cross_entropy(logits_NV, labels_BT[rows_N, columns_N + 1], reduction="none"), rows_N
@@ -334,12 +343,15 @@ class Coconut(nn.Module):
             Outputs(loss: mean cross-entropy over labelled positions or None, inputs_embeds [B, T, D] as fed, logits or None).
         """
         plan = plan or self.plan(input_ids, attention_mask, position_ids, labels, row_ids)
-        hidden_BTD, embeds_BTD, _ = self.rollout(input_ids, attention_mask, position_ids, plan=plan, edit=edit)
+        hidden_BTD, embeds_BTD, _, columns = self.rollout(input_ids, attention_mask, position_ids, plan=plan, edit=edit)
         loss = logits = None
         if labels is not None:
             labelled = tuple(index.to(hidden_BTD.device, non_blocking=True) for index in plan.labelled)
-            loss_N, _ = self.label_losses(hidden_BTD, labels, labelled)
+            loss_N, _ = self.label_losses(hidden_BTD, labels, labelled, columns)
             loss = loss_N.sum() / max(len(loss_N), 1)
+            if self.training and columns is not None and hasattr(self.base_causallm, "extra_loss"):
+                real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                loss = loss + self.base_causallm.extra_loss(columns, real_BT.bool())
         if full_logits or (full_logits is None and not (self.training and labels is not None)):
             logits = self.head(hidden_BTD)
         return Outputs(loss, embeds_BTD, logits)
@@ -357,8 +369,8 @@ class Coconut(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, stop, device=input_ids.device)[None]
         mask = visible(self.base_causallm, mask_BT, start)
-        x_BCD, h_BCD = self._backbone_pass(self.embedding(input_ids), pass_, mask, position_ids, cache, edit)
-        return Rollout(h_BCD, x_BCD, cache)
+        x_BCD, h_BCD, columns = self._backbone_pass(self.embedding(input_ids), pass_, mask, position_ids, cache, edit)
+        return Rollout(h_BCD, x_BCD, cache, columns)
 
     @torch.no_grad()
     def generate(
@@ -388,56 +400,8 @@ class Coconut(nn.Module):
 # ---------------------------------------------------------------- helpers
 
 
-def decoder_blocks(base_causallm) -> nn.ModuleList:
-    """The decoder blocks of any Hugging Face causal LM, in order. Raises ValueError where they can't be told."""
-    n_layers = base_causallm.config.num_hidden_layers
-    lists = [m for m in base_causallm.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    if len(lists) != 1:
-        raise ValueError(f"cannot tell the {n_layers} decoder blocks of {type(base_causallm).__name__}")
-    return lists[0]
-
-
-def _checkpoints_activations(model) -> bool:
-    new_name = "is_activation_checkpointing"  # since transformers 5.2x, where the old name warns
-    return getattr(model, new_name if hasattr(model, new_name) else "is_gradient_checkpointing")
-
-
-def _edited(edit: Edit, layer: int, pass_: Pass, x: Tensor) -> Tensor:
-    changed = edit(layer, pass_, x)
-    return x if changed is None else changed
-
-
-@contextmanager
-def _tapped(block: nn.Module, edit: Edit, layer: int, pass_: Pass):
-    """Send the block's output through the edit. Blocks return a bare tensor or a tuple that starts with it."""
-
-    def hook(module, args, output):
-        if isinstance(output, tuple):
-            return (_edited(edit, layer, pass_, output[0]), *output[1:])
-        return _edited(edit, layer, pass_, output)
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _refuse_scaled_logits(config) -> None:
-    """The head is applied to gathered states, so models that rescale logits after it would silently differ: refuse."""
-    for key, neutral in {
-        "final_logit_softcapping": None,
-        "logit_scale": 1,
-        "logits_scaling": 1,
-        "lm_head_multiplier": 1,
-    }.items():
-        value = getattr(config, key, neutral)
-        if value is not None and value != neutral:
-            raise ValueError(f"models that rescale their logits are not supported ({key} = {value})")
 
 
 def _lift_feedback_keys(module, state_dict, prefix, local_metadata) -> None:

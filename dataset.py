@@ -371,7 +371,6 @@ def _round_up(n, multiple: int):
     return -(-n // multiple) * multiple
 
 
-# Replaced by batches.epoch_batches; here until run.py imports that one.
 class MyCollator:
     """Pad rows to a batch: on the left so that the first latents share a column, then on the right (stock name).
 

@@ -196,6 +196,8 @@ def train_epoch(run, optimizer, position: Position) -> bool:
             log.flush()  # which raises before a step that must not be
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if hasattr(run.model.base_causallm, "after_update"):  # buffers that follow what an update has seen
+            run.model.base_causallm.after_update(lambda seen: torch.cat(world.gather([seen])))
         watch.mark("optimizer")
         # ------------------------------------------------------------------
         done, stopping = step + 1, world.any(run.stop.asked)

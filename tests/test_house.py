@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = {"attention", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
+MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
 DATA = {"dataset", "batches"}
 CORE = MODEL | DATA | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel"}
 RUNS = {"checkpoint", "sharding", "run_folder", "saving", "evaluate"}
 MAY_IMPORT = {
     **{name: set() for name in CORE},
     "generation": {"attention"},
-    "coconut": {"attention", "generation", "passes"},
+    "coconut": {"attention", "generation", "passes", "taps"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
     "batches": {"dataset"},
     "reporting": {"accounting", "utils"},
