@@ -62,6 +62,7 @@ class RunFolder:
     def __init__(self, config: Config):
         self.path, self.config = config.run_dir, config
         self.metrics = self.path / "metrics.jsonl"
+        self.resumed_from: str | None = None  # the name of what `find_resume` found
         self._lock = None
 
     def open(self, exclusive: bool) -> None:
@@ -212,6 +213,7 @@ class RunFolder:
             except ValueError as error:
                 print(f"Warning: {error}; going on without it")
         for position, path in sorted(found, key=lambda c: (c[0].epoch, c[0].step, c[1].name.startswith("last")), reverse=True):
+            self.resumed_from = path.name
             if path.name.startswith("last"):
                 return path, position
             try:

@@ -6,7 +6,8 @@
     saver.wait()                              # until all of it lies on the disk
 
 Copies are made at once; a thread of its own writes them, in the order in which they were asked for. After a write that
-failed nothing more is written, so that no later file speaks of one that is not there; the next call raises its error.
+failed nothing more is written, so that no later file speaks of one that is not there, and no run goes on behind a gap; the next
+call raises its error.
 """
 
 import copy
@@ -17,25 +18,31 @@ from functools import partial
 
 from checkpoint import stored_model, stored_weights
 from run_folder import Position, RunFolder, training_state
-from utils import NoRoom, write_json
+from utils import write_json
 
 
 class Writer:
-    """Does jobs one after another, in a thread of its own or (`background=False`) at once."""
+    """Does jobs one after another, in a thread of its own or (`background=False`) at once.
+
+    After one that failed none is done, until `retry` does them all in their order.
+    """
 
     def __init__(self, background: bool):
         self.thread = ThreadPoolExecutor(1, "saving") if background else None
         self.pending: list[Future] = []
+        self.undone: list[Callable[[], object]] = []
         self.failed: Exception | None = None
 
     def do(self, *jobs: Callable[[], object]) -> None:
-        """Queue jobs. Raises the error of an earlier one that failed."""
+        """Queue jobs. Raises the error of one that failed."""
         self.check()
         for job in jobs:
             if self.thread is None:
-                job()
+                self._in_turn(job)
             else:
-                self.pending.append(self.thread.submit(self._unless_failed, job))
+                self.pending.append(self.thread.submit(self._in_turn, job))
+        if self.thread is None:
+            self.check()
 
     def check(self) -> None:
         """Raise the error of a job that failed since the last look; it is raised once."""
@@ -50,12 +57,23 @@ class Writer:
             job.result()
         self.check()
 
-    def _unless_failed(self, job: Callable[[], object]) -> None:
-        try:
-            if self.failed is None:
+    def retry(self) -> None:
+        """Do what was left undone. Raises the error of a job that fails again."""
+        for job in self.pending:
+            job.result()
+        undone, self.undone, self.failed = self.undone, [], None
+        for job in undone:
+            self._in_turn(job)
+        self.check()
+
+    def _in_turn(self, job: Callable[[], object]) -> None:
+        if not self.undone:
+            try:
                 job()
-        except Exception as error:  # raised in the caller's thread, at its next look
-            self.failed = error
+                return
+            except Exception as error:  # raised in the caller's thread, at its next look
+                self.failed = error
+        self.undone.append(job)
 
 
 class Saver:
@@ -115,6 +133,8 @@ class Saver:
             self.checkpoint(position)
         elif self.writes:
             self.writer.do(partial(self.folder.tidy, self.config.keep))
+        if self.writes:
+            self.writer.do(partial(self.folder.drop_snapshots, self.folder.resumed_from))
 
     def best(self, record: dict) -> None:
         """Note the best checkpoint, once it is written."""
@@ -141,11 +161,14 @@ class Saver:
             print(f"Warning: {error}", flush=True)
 
     def last_words(self, optimizer, position: Position) -> bool:
-        """Save what can be saved once a write has failed; whether that worked."""
+        """Once a write has failed: do what it left undone, and save the position if that works. Returns whether it did."""
         try:
+            self.writer.retry()
+            if self.parallel.sharded:  # which takes all ranks, and only one may be here
+                return False
             self.snapshot(optimizer, position)
             self.wait()
-        except (NoRoom, ValueError):
+        except ValueError:
             return False
         return self.enabled and self.config.save_training_state
 
