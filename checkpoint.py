@@ -171,9 +171,10 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
     Returns (model: Coconut, tokenizer, ids: ThoughtIds, report: torch's key report or None). A plain language model is
     wrapped too (feedback mode `none`), so that there is one forward. Raises ValueError where the file does not fit.
     """
-    tokenizer = backbones.load_tokenizer(config.model_id)
+    tokenizer = backbones.load_tokenizer(config.tokenizer_id)
+    options = backbones.own_options(config.model_id, tokenizer) | config.model_options
     ids = backbones.add_thought_tokens(tokenizer) if config.markers else backbones.ThoughtIds()
-    base = backbones.load_backbone(config.model_id, config.from_scratch, config.seed)
+    base = backbones.load_backbone(config.model_id, config.from_scratch, config.seed, **options)
     if weights_path is not None and weights is None:
         weights = read_weights(weights_path)
     wrapped_file = weights is not None and any(key.startswith("base_causallm") for key in weights)
@@ -202,7 +203,7 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
     options = (mode, config.force_multipass, config.latent_iterations)
     model = Coconut(base, ids.latent, ids.start, ids.end, tokenizer.eos_token_id, *options)
     if model.pause_embedding is not None:
-        model.pause_embedding.data.copy_(backbones.anchor_row(base.get_input_embeddings().weight.data, tokenizer))
+        model.pause_embedding.data.copy_(backbones.anchor_vector(base.get_input_embeddings(), tokenizer))
     if wrapped_file:
         weights = with_mode(weights, mode, weights_path)
         report = load_strictly(model, weights, weights_path)

@@ -28,7 +28,7 @@ from passes import Pass, Plan, plan_passes
 from taps import checkpoints_activations, decoder_blocks, edited, refuse_scaled_logits, tapped
 
 Outputs = namedtuple("Outputs", ["loss", "inputs_embeds", "logits"])
-Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache", "columns"])
+Rollout = namedtuple("Rollout", ["hidden_BTD", "inputs_embeds_BTD", "cache", "columns"], defaults=[None])
 Edit = Callable[[int, "Pass", Tensor], Tensor | None]
 
 MAX_N_LATENT = 8  # importable for older scripts; there is no limit here
@@ -158,7 +158,8 @@ class Coconut(nn.Module):
         self.feedback_mode = canonical_mode(feedback_mode)
         if latent_token_id is None and self.feedback_mode != "none":
             raise ValueError(f"feedback_mode {feedback_mode!r} needs a latent_token_id")
-        pause_D = self.embedding.weight[latent_token_id or 0].detach()
+        token = torch.tensor([latent_token_id or 0], device=self.embedding.weight.device)
+        pause_D = self.embedding(token)[0].detach()  # as fed: some embeddings scale their rows
         self.feedback = FEEDBACK_MODES[self.feedback_mode](pause_D)
         if latent_iterations is not None and (latent_iterations < 1 or not self.feedback.reads_hidden):
             raise ValueError("latent_iterations must be at least 1, and needs feedback_mode continuous")

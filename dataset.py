@@ -30,6 +30,8 @@ HOW_TO_MAKE = {
     "quickstart": "bash scripts/quickstart.sh",
     "gsm": "python data/gsm.py (or bash scripts/get_gsm8k.sh)",
     "prontoqa": "python data/prontoqa.py",
+    "ood": "python data/ood.py (--preset quickstart for the small ones)",
+    "cot": "python data/cot.py --output {folder}/cot.json --val_output {folder}/cot_val.json",
 }
 
 # ---------------------------------------------------------------- rows
@@ -230,14 +232,15 @@ def evaluation_latents(n_steps, stage: int, configs):
 
 
 def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
-    """The stage of one row in one epoch: with chance `uniform_prob` a uniform draw from 0..n_steps.
+    """The stage of one row in one epoch: with chance `uniform_prob` a uniform draw from 0..n_steps (or 0..stage).
 
     Drawn from (seed, epoch, row), so neither workers nor ranks change it.
     """
     if configs.uniform_prob == 0:
         return stage
     draw = random.Random(f"{configs.seed}/{epoch}/{idx}")
-    return draw.randint(0, n_steps) if draw.random() < configs.uniform_prob else stage
+    most = n_steps if getattr(configs, "uniform_range", "steps") == "steps" else stage
+    return draw.randint(0, most) if draw.random() < configs.uniform_prob else stage
 
 
 class Lengths(NamedTuple):

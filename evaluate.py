@@ -213,7 +213,7 @@ def _record(row: dict, own: Row, n_latents: int, tokenizer) -> dict:
         "prediction": prediction,
         "correct": prediction == gold,
         "numerically_equal": prediction is not None and _same_number(prediction, gold),
-        "cot_match": extract_steps(output) == "\n".join(row["steps"]).strip(),
+        "cot_match": extract_steps(output).split() == " ".join(row["steps"]).split(),
         "output": output,
         "n_latents": n_latents,
         "generated_tokens": n_latents + len(own.new_ids),

@@ -13,7 +13,7 @@ everything saved (SIGTERM, SIGUSR1, Ctrl-C, a full disk, another process gone): 
 import argparse
 import hashlib
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import yaml
 
 import backbones
 from accounting import Shape, peak_flops
+from averaging import WeightAverage
 from checkpoint import build_model, find_checkpoint
 from coconut import Coconut, decoder_blocks
 from compiled import compile_passes, uncompile
@@ -55,10 +56,11 @@ class Run:
     stop: StopSignals = field(default_factory=StopSignals)
     parallel: Alone = None
     saver: Saver = None
+    average: WeightAverage | None = None
     micro_batches_per_update: int = 1
     metrics: Metrics = None
     meter: Meter = None
-    evaluated: dict[int, float] = field(default_factory=dict)
+    evaluated: dict[int, dict] = field(default_factory=dict)
 
     @property
     def writes(self) -> bool:
@@ -69,6 +71,16 @@ class Run:
         """bf16 autocast over float32 master weights, or nothing."""
         autocast = self.config.bf16 is True
         return torch.autocast(self.world.device.type, torch.bfloat16) if autocast else nullcontext()
+
+    @contextmanager
+    def evaluating(self):
+        """The weights that evaluations and checkpoints see: all of them on this rank, and their average where one is kept."""
+        with self.parallel.whole(), self.average.in_place_of(self.model) if self.average else nullcontext():
+            yield
+
+    def score(self, record: dict) -> float:
+        """How good an evaluation is, by `select_by`: more is better."""
+        return record["eval/acc"] if self.config.select_by == "accuracy" else -record["eval/loss"]
 
     def rows(self, get, stage: int, table: TokenTable, **kwargs) -> StageDataset:
         """The rows of a stage: `get` is get_cot_latent_dataset (training) or get_question_latent_dataset (prompts)."""
@@ -162,14 +174,15 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
         from sharding import load_sharded_model
 
         load_sharded_model(folder.path / f"last_shards_{position.global_step}", model)
-    run.saver = Saver(folder, model, run.parallel, world, not config.debug)
+    run.average = WeightAverage(model, config.weight_ema) if config.weight_ema else None
+    run.saver = Saver(folder, model, run.parallel, world, not config.debug, run.average)
     run.metrics = Metrics(config, folder.path, run.writes)
     run.evaluated = world.from_main(folder.evaluations(position.epoch) if world.is_main else None)
     run.metrics.log(event="start", epoch=position.epoch, step_in_epoch=position.step, world_size=world.size)
     try:
         train(run, position, restore, resumed)
         if run.writes:
-            run.meter.print_summary(run.evaluated)
+            run.meter.print_summary({epoch: record["eval/acc"] for epoch, record in run.evaluated.items()})
         run.metrics.log(event="end", epoch=position.epoch - 1, seconds=run.meter.seconds())
     except (Stopped, NoRoom, FloatingPointError) as error:
         run.metrics.log(event="stopped", epoch=position.epoch, step_in_epoch=position.step, reason=str(error))
@@ -272,7 +285,7 @@ def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, Token
         limits = {"val_path": 32, "train_path": 5000}
     val_rows = load_rows(config.val_path, limits["val_path"])
     wants_two_choice(config, val_rows)  # raises where it can't be done
-    tokenizer = backbones.load_tokenizer(config.model_id)
+    tokenizer = backbones.load_tokenizer(config.tokenizer_id)
     if config.markers:
         backbones.add_thought_tokens(tokenizer)
     tables = {}

@@ -86,11 +86,10 @@ class RunFolder:
             with whole_file(self.metrics) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def evaluations(self, up_to_epoch: int) -> dict[int, float]:
-        """{epoch index: accuracy} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
+    def evaluations(self, up_to_epoch: int) -> dict[int, dict]:
+        """{epoch index: record} of every validated epoch before `up_to_epoch`; of a repeated one the last."""
         evaluated = (r for r in read_jsonl(self.metrics, "event") if r["event"] == "eval")
-        records = (r for r in evaluated if r["epoch"] < up_to_epoch)
-        return {r["epoch"]: r["eval/acc"] for r in records}
+        return {r["epoch"]: r for r in evaluated if r["epoch"] < up_to_epoch}
 
     def holds_states(self) -> bool:
         """Whether there is anything to go on from."""
@@ -122,8 +121,10 @@ class RunFolder:
         before = before["config"]
         if now["batch_size_training"] == "auto":
             now["batch_size_training"] = before.get("batch_size_training")
-        differing = [key for key in now if before.get(key) != now[key]]
+        defaults = {key: f.get_default(call_default_factory=True) for key, f in Config.model_fields.items()}
+        differing = [key for key in now if before.get(key, defaults[key]) != now[key]]
         identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
+        identity += ("model_options", "tokenizer")
         fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
         if fatal:
             raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
@@ -233,13 +234,10 @@ class RunFolder:
 # ---------------------------------------------------------------- snapshots
 
 
-def training_state(model: Coconut, optimizer) -> dict:
-    """Copies on the CPU of weights and optimizer state, which training can then go on changing."""
-    copies: dict = {}
-    return {
-        "model": on_cpu(stored_model(model).state_dict(), copies),
-        "optimizer": on_cpu(optimizer.state_dict(), copies),
-    }
+def training_state(model: Coconut, optimizer, average=None) -> dict:
+    """Copies on the CPU of weights, optimizer state and the weights' average, which training can then go on changing."""
+    state = {"model": stored_model(model).state_dict(), "optimizer": optimizer.state_dict()}
+    return on_cpu(state | ({"average": average.state(model)} if average else {}))
 
 
 def snapshot_position(path: Path) -> dict:
@@ -260,20 +258,26 @@ def snapshot_position(path: Path) -> dict:
 def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
     """(weights, restore) of a snapshot, by processes that hold whole parameters or sharded ones.
 
-    `restore(model, optimizer)` gives the optimizer its state back; all ranks call it together. Weights are None where
-    the parameters must be sharded before `sharding.load_shards` can fill them.
+    `restore(model, optimizer, average)` gives the optimizer and the weights' average (or None) their state back; all ranks
+    call it together. Weights are None where the parameters must be sharded before `sharding.load_shards` can fill them.
     """
     if not path.is_dir() and not sharded:
         state = read_whole(path)
-        return state["model"], lambda model, optimizer: optimizer.load_state_dict(state["optimizer"])
+
+        def restore(model, optimizer, average=None) -> None:
+            optimizer.load_state_dict(state["optimizer"])
+            if average and "average" in state:
+                average.load(model, state["average"])
+
+        return state["model"], restore
     import sharding as shards
 
     if not path.is_dir():
         state = read_whole(path)
-        return state["model"], lambda model, optimizer: shards.load_indexed_optimizer(state["optimizer"], model, optimizer)
+        return state["model"], lambda model, optimizer, *_: shards.load_indexed_optimizer(state["optimizer"], model, optimizer)
     if sharded:
-        return None, lambda model, optimizer: shards.load_sharded_optimizer(path, "optimizer.", model, optimizer)
+        return None, lambda model, optimizer, *_: shards.load_sharded_optimizer(path, "optimizer.", model, optimizer)
     weights, optimizer_state = (shards.load_whole(path, prefix) for prefix in ("model.", "optimizer."))
     tied = shards.read_index(path)["tied"]
     weights |= {name: weights[first] for name, first in tied.items()}
-    return weights, lambda model, optimizer: shards.load_whole_optimizer(optimizer_state, model, optimizer)
+    return weights, lambda model, optimizer, *_: shards.load_whole_optimizer(optimizer_state, model, optimizer)

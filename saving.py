@@ -14,6 +14,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 from checkpoint import stored_model, stored_weights
@@ -79,8 +80,9 @@ class Writer:
 class Saver:
     """Saves for all kinds of parallelism: sharded ones write together and at once, else rank 0 writes behind the back."""
 
-    def __init__(self, folder: RunFolder, model, parallel, world, enabled: bool):
+    def __init__(self, folder: RunFolder, model, parallel, world, enabled: bool, average=None):
         self.folder, self.model, self.parallel, self.world, self.config = folder, model, parallel, world, folder.config
+        self.average = average
         self.enabled = enabled and (world.is_main or parallel.sharded)
         self.writes = enabled and world.is_main
         self.writer = Writer(self.config.async_save and self.writes)
@@ -93,7 +95,7 @@ class Saver:
         if self.parallel.sharded:
             self._snapshot_in_shards(optimizer, position)
         else:
-            copies = training_state(self.model, optimizer)
+            copies = training_state(self.model, optimizer, self.average)
             save = partial(self.folder.save_last_state, self.model, optimizer, copy.copy(position), copies)
             self.writer.do(save, partial(self.folder.drop_snapshots, "last_state"))
 
@@ -101,6 +103,7 @@ class Saver:
         """Save what an epoch left; `alone`: checkpoint_N suffices to go on from here."""
         if not self.enabled:
             return
+        alone = alone and not self.average  # checkpoint_N holds the average then
         unconsolidated = self.parallel.sharded and not self.config.consolidate
         if not alone or self.config.save_only_improve or unconsolidated:
             self.snapshot(optimizer, position)
@@ -120,7 +123,8 @@ class Saver:
             self.writer.wait()
             self._weights_in_shards(position)
         else:
-            weights = self.weights()
+            with self.average.in_place_of(self.model) if self.average else nullcontext():
+                weights = self.weights()
             if self.writes:
                 self.writer.do(partial(self.folder.save_checkpoint, self.model, position, weights))
         if self.writes:
@@ -203,8 +207,8 @@ def disk_need(config, model, epochs_left: int) -> tuple[int, int]:
     word, n = (config.keep.split() + ["1"])[:2]
     saves = epochs_left
     kept = {"all": saves, "best": 2, "last": int(n) + 1, "every": saves // int(n) + 2}[word]
-    moments = {"adamw": 2, "sgd": 1}[config.optimizer]
-    snapshot = one + moments * trained if config.save_training_state else 0
+    moments = {"sgd": 1, "mugrokfast": 3}.get(config.optimizer, 2)
+    snapshot = one * (1 + bool(config.weight_ema)) + moments * trained if config.save_training_state else 0
     return min(kept, saves) * one, 2 * snapshot
 
 

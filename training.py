@@ -20,7 +20,7 @@ from checkpoint import save_whole
 from compiled import PREFIX_MULTIPLE
 from dataset import StageDataset, get_cot_latent_dataset, padded_layout
 from evaluate import validate
-from optimizers import build_optimizer, can_skip, learning_rate
+from optimizers import build_optimizer, can_skip, set_rates
 from reporting import Progress
 from run_folder import Position
 from stopping import Stopped
@@ -52,7 +52,7 @@ def train(run, position: Position, restore: Callable | None, resumed: bool) -> N
             if optimizer is None or not keeps:
                 optimizer = build_optimizer(run.model, config)
                 if keeps and restore is not None:
-                    restore(run.model, optimizer)
+                    restore(run.model, optimizer, run.average)
                 restore = None
             with stop.deferred():
                 finished = train_epoch(run, optimizer, position)
@@ -137,7 +137,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     skips = can_skip(optimizer) and not parallel.sharded
     n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
-    warmup, total_updates = round(config.warmup_epochs * n_updates), config.num_epochs * n_updates
+    warmup, total_updates = config.warmup_steps or round(config.warmup_epochs * n_updates), config.num_epochs * n_updates
     exact = config.latent_iterations is None or config.latent_iterations >= n_latents
     world.print(
         f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates"
@@ -186,16 +186,16 @@ def train_epoch(run, optimizer, position: Position) -> bool:
             dist.all_reduce(loss_sum)
         grad_norm = clip_gradients(run.model, config.gradient_clip)
         bad = torch.maximum(bad, 1.0 - torch.isfinite(loss_sum + grad_norm).to(bad))
-        rate = learning_rate(epoch * n_updates + step, total_updates, warmup, config)
+        rate = set_rates(optimizer, epoch * n_updates + step, total_updates, warmup, config)
         log.add(step, group, tokens, rate, loss_sum, grad_norm)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
         if skips:
             optimizer.found_inf = bad
         else:
             log.flush()  # which raises before a step that must not be
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if run.average is not None:
+            run.average.update(run.model, position.global_step + log.pending - 1)
         if hasattr(run.model.base_causallm, "after_update"):  # buffers that follow what an update has seen
             run.model.base_causallm.after_update(lambda seen: torch.cat(world.gather([seen])))
         watch.mark("optimizer")
@@ -335,16 +335,17 @@ def finish_epoch(run, position: Position) -> None:
     config, epoch = run.config, position.epoch - 1
     if position.epoch % config.eval_every and position.epoch < config.num_epochs:
         return
-    with run.parallel.whole():
+    with run.evaluating():
         summary = validate(run, epoch, f"eval_{epoch + 1}.jsonl" if not config.debug else None, with_loss=True)
     accuracy = summary["eval/acc"]
-    if accuracy > max(run.evaluated.values(), default=0.0):
+    least = 0.0 if config.select_by == "accuracy" else -math.inf  # stock: no accuracy of 0 is ever the best
+    if run.score(summary) > max(map(run.score, run.evaluated.values()), default=least):
         if config.save_only_improve:
             run.saver.checkpoint(position)
         run.saver.best({"file": f"checkpoint_{epoch + 1}", "epoch": epoch, "accuracy": accuracy})
     run.metrics.log(event="eval", epoch=epoch, **summary)
     run.metrics.check()
-    run.evaluated[epoch] = accuracy
+    run.evaluated[epoch] = summary
     run.world.barrier()
     run.meter.watch.mark("evaluation")
 
@@ -352,7 +353,7 @@ def finish_epoch(run, position: Position) -> None:
 def stop_here(run, position: Position) -> None:
     """End a run at `max_steps`, within an epoch: say how good it is."""
     run.world.print(f"Stopped after max_steps: {run.config.max_steps} updates, in epoch {position.epoch + 1}")
-    with run.parallel.whole():
+    with run.evaluating():
         summary = validate(run, position.epoch, None, with_loss=True)
     run.metrics.log(event="eval", epoch=position.epoch, **summary)
     run.meter.watch.mark("evaluation")
@@ -360,10 +361,10 @@ def stop_here(run, position: Position) -> None:
 
 def stopped_early(run, epoch: int) -> bool:
     """Whether the last `early_stop_patience` evaluations all failed to beat the best before them by `min_delta`."""
-    patience, accuracies = run.config.early_stop_patience, [acc for _, acc in sorted(run.evaluated.items())]
-    if patience is None or len(accuracies) <= patience:
+    patience, scores = run.config.early_stop_patience, [run.score(record) for _, record in sorted(run.evaluated.items())]
+    if patience is None or len(scores) <= patience:
         return False
-    stop = max(accuracies[-patience:]) <= max(accuracies[:-patience]) + run.config.min_delta
+    stop = max(scores[-patience:]) <= max(scores[:-patience]) + run.config.min_delta
     if stop:
         run.world.print(f"Early stop after epoch {epoch}: no gain above {run.config.min_delta} in {patience} evaluations")
     return stop

@@ -12,16 +12,19 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from optimizers import with_preset
+
 METHOD_FLAGS = ("coconut", "cot", "no_thoughts", "no_cot")
 PAUSE_MODES = ("frozen", "learned_shared", "pause_curriculum")
 FEEDBACK_NAMES = ("continuous", *PAUSE_MODES, "pause_multipass")
+OWN_BACKBONES = ("lahr", "cognate")
 PLACEHOLDER = re.compile(r"^YOUR_PATH")
 
 
@@ -68,11 +71,15 @@ class Config(BaseModel):
     feedback_mode: str = "continuous"
     force_multipass: bool = False
     from_scratch: bool = False
+    model_options: dict[str, Any] = Field(default_factory=dict)  # `model_config` in YAML, a name that pydantic keeps
+    tokenizer: str | None = None
     tf32: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool | Literal["always"] = False
     activation_checkpointing: bool = False
     latent_iterations: int | None = Field(None, ge=1)
+
+    uniform_range: Literal["steps", "stage"] = "steps"
 
     # batches
     effective_batch_size: int | None = Field(None, ge=1)
@@ -86,12 +93,21 @@ class Config(BaseModel):
     two_choice: bool | Literal["auto"] = "auto"
 
     # optimizer
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon", "mugrokfast"] = "adamw"
+    optimizer_phase: int = 1
+    muon_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    grokfast_lambda: float | None = Field(None, ge=0, allow_inf_nan=False)
+    grokfast_alpha: float = Field(0.98, ge=0, lt=1)
     use_lr_scheduler: bool = False
     warmup_epochs: float = Field(0.0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     gradient_clip: float | None = Field(None, gt=0)
+    warmup_steps: int | None = Field(None, ge=1)
+    warmup_from: float = Field(0.0, ge=0, le=1)
+    min_lr: float | None = Field(None, ge=0)
+    weight_ema: float | None = Field(None, gt=0, lt=1)
+    select_by: Literal["accuracy", "loss"] = "accuracy"
     early_stop_patience: int | None = Field(None, ge=1)
     min_delta: float = Field(0.0, ge=0)
     max_steps: int | None = Field(None, ge=1)
@@ -137,6 +153,11 @@ class Config(BaseModel):
         if not re.fullmatch(r"all|best|(last|every) [1-9]\d*", value):
             raise ValueError("must be all, best, last K or every N")
         return value
+
+    @property
+    def tokenizer_id(self) -> str:
+        """The hub id or folder of the tokenizer: that of the model unless `tokenizer` says otherwise."""
+        return self.tokenizer or self.model_id
 
     @property
     def plain(self) -> bool:
@@ -214,6 +235,12 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
     problems = ["lr: also given as learning_rate; keep one"] if {"lr", "learning_rate"} <= values.keys() else []
     if "learning_rate" in values:
         values["lr"] = values.pop("learning_rate")
+    try:
+        values = with_preset(values)
+    except ValueError as error:
+        problems.append(str(error))
+    if "model_config" in values:
+        values["model_options"] = values.pop("model_config")
     if default_name is not None and values.get("name") is None:
         values["name"] = default_name
     given = {key: value for key, value in values.items() if value is not None}
@@ -224,6 +251,13 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
     flags = {key: str(given.get(key, False)).lower() in ("true", "yes", "on", "1") for key in METHOD_FLAGS}
+    if given.get("model_id") in OWN_BACKBONES:
+        if not given.get("from_scratch"):
+            problems.append(
+                f"model_id: {given['model_id']} has no weights of its own; set from_scratch: True, or name a folder"
+            )
+        if not given.get("tokenizer"):
+            problems.append(f"tokenizer: missing; {given['model_id']} has none, name a hub id or folder (backbones/characters)")
     problems += _check_method(flags, given) + _check_mode(flags, given) + _check_speed(flags, given)
     if config is not None:
         if not config.only_eval and config.train_path is None:
@@ -275,6 +309,9 @@ def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
         problems.append("latent_iterations: needs coconut: True and feedback_mode: continuous")
     if given.get("compile") and given.get("activation_checkpointing"):
         problems.append("compile: cannot be combined with activation_checkpointing; set one of them to False")
+    for one, other in (("warmup_steps", "warmup_epochs"), ("min_lr", "min_lr_ratio")):
+        if given.get(one) is not None and given.get(other):
+            problems.append(f"{one}: also given as {other}; keep one")
     if given.get("batch_size_training") == "auto" and given.get("gradient_accumulation_steps", 1) != 1:
         problems.append("batch_size_training: auto sets the accumulation itself; give effective_batch_size instead")
     if given.get("parallel") == "fsdp2":
@@ -282,6 +319,8 @@ def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
             problems.append("compile: cannot be combined with parallel: fsdp2; set it to False")
         if given.get("batch_size_training") == "auto":
             problems.append("batch_size_training: auto cannot be combined with parallel: fsdp2; give a number")
+        if given.get("weight_ema") is not None:
+            problems.append("weight_ema: cannot be combined with parallel: fsdp2; leave it out")
         if given.get("bf16") == "pure":
             problems.append(
                 "bf16: pure cannot be combined with parallel: fsdp2; True keeps float32 master weights in the shards"

@@ -96,7 +96,7 @@ def control(subject: Subject, prompts: Prompts) -> Patch:
     slots_PK = prompts.slots.repeat_interleave(n, 0)
     left_P = torch.arange(n).repeat(len(prompts))
     slots_PK[torch.arange(n) < left_P[:, None]] = NOWHERE
-    marker_D = subject.model.embedding.weight[subject.ids.end].detach()
+    marker_D = subject.model.embedding(torch.tensor(subject.ids.end, device=subject.model.embedding.weight.device)).detach()
     return Patch(0, slots_PK, marker_D.expand(*slots_PK.shape, -1))
 
 

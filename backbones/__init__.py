@@ -6,6 +6,8 @@ model = load_backbone("backbones/prosqa_tiny", from_scratch=True, seed=0)
 grow_vocabulary(model, tokenizer, ids)
 """
 
+import dataclasses
+import difflib
 import importlib.metadata
 import re
 from typing import NamedTuple
@@ -15,7 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+from backbones.cognate import CognateConfig
+from backbones.lahr import LahrConfig
+
 MINIMUM = {"torch": "2.11", "transformers": "5.17"}  # scripts/test_matrix.sh tries the oldest transformers
+NAMES = {"lahr": LahrConfig, "cognate": CognateConfig}  # model_id of a config without a folder
 THOUGHT_TOKENS = (
     "<|start-latent|>",
     "<|end-latent|>",
@@ -43,13 +49,34 @@ def add_thought_tokens(tokenizer) -> ThoughtIds:
 
 
 def load_backbone(model_id: str, from_scratch: bool = False, seed: int = 0, **config_changes):
-    """A causal LM in float32: pretrained weights, or (from_scratch) random ones of the folder's config under `seed`."""
+    """A causal LM in float32: pretrained weights, or (from_scratch) random ones of the config under `seed`.
+
+    `model_id`: a hub id, a folder, or one of `NAMES` for a config that `config_changes` alone describe.
+    """
     if not from_scratch:
         return fuse_activations(_from_hub(AutoModelForCausalLM, model_id, dtype=torch.float32, **config_changes))
-    config = _from_hub(AutoConfig, model_id, **config_changes)
+    config = _own_config(model_id, **config_changes) if model_id in NAMES else _from_hub(AutoConfig, model_id, **config_changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return fuse_activations(AutoModelForCausalLM.from_config(config).float())
+
+
+def own_options(model_id: str, tokenizer) -> dict:
+    """What one of `NAMES` must know of its tokenizer; nothing for models that come with a config."""
+    if model_id not in NAMES:
+        return {}
+    return {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _own_config(model_id: str, size: str | None = None, **options):
+    """The config of one of `NAMES`, of a named size if one is given. ValueError where an option is unknown."""
+    kind = NAMES[model_id]
+    unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [field.name for field in dataclasses.fields(kind)], 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model_config: {', '.join(unknown)} unknown to {model_id}{hint}")
+    return kind(**options) if size is None else kind.size(size, **options)
 
 
 def fuse_activations(model):
@@ -94,9 +121,18 @@ def anchor_ids(tokenizer) -> list[int]:
 
 def anchor_row(weight_VD: torch.Tensor, tokenizer) -> torch.Tensor:
     """The row [D] of `<<`; the mean of its pieces' rows where it is several tokens, of all other words where it is none."""
+    return weight_VD[_anchors(tokenizer)].mean(0)
+
+
+@torch.no_grad()
+def anchor_vector(embedding: nn.Module, tokenizer) -> torch.Tensor:
+    """`anchor_row` as the embedding feeds it, [D]: some scale their rows."""
+    return embedding(torch.tensor(_anchors(tokenizer), device=embedding.weight.device)).mean(0)
+
+
+def _anchors(tokenizer) -> list[int]:
     new = {tokenizer.convert_tokens_to_ids(token) for token in THOUGHT_TOKENS}
-    ids = anchor_ids(tokenizer) or [i for i in range(len(tokenizer)) if i not in new]
-    return weight_VD[ids].mean(0)
+    return anchor_ids(tokenizer) or [i for i in range(len(tokenizer)) if i not in new]
 
 
 @torch.no_grad()

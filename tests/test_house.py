@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
 DATA = {"dataset", "batches"}
-CORE = MODEL | DATA | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel"}
+CORE = MODEL | DATA | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel", "averaging"}
 RUNS = {"checkpoint", "sharding", "run_folder", "saving", "evaluate"}
 MAY_IMPORT = {
     **{name: set() for name in CORE},
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "coconut": {"attention", "generation", "passes", "taps"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
     "batches": {"dataset"},
+    "utils": {"optimizers"},
     "reporting": {"accounting", "utils"},
     "parallel": {"sharding"},
     "checkpoint": CORE,

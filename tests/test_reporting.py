@@ -45,7 +45,7 @@ def test_optimizer_holds_exactly_the_trainable_parameters(mode, name, kind):
 
 
 def test_unknown_optimizer_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'adamw' or 'sgd'"):
+    with pytest.raises(ValueError, match="'adamw', 'sgd', 'muon' or 'mugrokfast'"):
         settings(optimizer="adma")
 
 

@@ -159,3 +159,52 @@ def test_a_size_that_is_changed_on_purpose_changes_between_epochs_only():
         size_of(1, begun(4), step=3, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="batch_size_training: cannot change within epoch"):
         size_of(1, begun(4), step=3, batch_size_training=4)
+
+
+# ---------------------------------------------------------------- options that change what is trained
+
+
+def test_averaged_weights_are_what_is_evaluated_and_stored(make, tmp_path, capsys):
+    """The raw ones go on in last_state; a cut run ends with both as the whole one does."""
+    changes = {"weight_ema": 0.9, "reset_optimizer": False, "num_epochs": 2}
+    assert run.main([make("whole", **changes)]) == 0
+    config = make("cut", **changes)
+    assert run.main([config, "max_steps=3"]) == 0 and run.main([config]) == 0
+    states = [torch.load(tmp_path / "runs" / name / "last_state", weights_only=True) for name in ("whole", "cut")]
+    files = [torch.load(tmp_path / "runs" / name / "checkpoint_2", weights_only=True) for name in ("whole", "cut")]
+    for key in files[0]:
+        assert torch.equal(files[0][key], files[1][key]) and torch.equal(states[0]["model"][key], states[1]["model"][key])
+    wte = "base_causallm.transformer.wte.weight"
+    assert not torch.equal(files[0][wte], states[0]["model"][wte])
+    assert torch.equal(files[0][wte], states[0]["average"][wte])
+    logged = records(tmp_path, "whole", "eval")[-1]
+    capsys.readouterr()
+    load = f"load_model_path={tmp_path / 'runs/whole/checkpoint_2'}"
+    assert run.main([config, "only_eval=True", load, "resume=1", "two_choice=True"]) == 0
+    assert f"(cross-entropy {logged['eval/two_choice_ce']:.4f})" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_and_the_early_stop_may_go_by_the_loss(make, tmp_path):
+    changes = {"select_by": "loss", "early_stop_patience": 2, "min_delta": 0.4, "num_epochs": 12, "lr": 3e-3}
+    assert run.main([make("by-loss", coconut=False, cot=True, **changes)]) == 0
+    losses = [r["eval/loss"] for r in records(tmp_path, "by-loss", "eval")]
+    best = json.loads((tmp_path / "runs/by-loss/best.json").read_text())
+    assert best["epoch"] == losses.index(min(losses)) > 0, "accuracies are all 0 here"
+    stops = [n for n in range(3, len(losses) + 1) if min(losses[n - 2 : n]) >= min(losses[: n - 2]) - 0.4]
+    assert stops == [len(losses)] and len(losses) < 12
+
+
+def test_the_rate_follows_its_schedule_to_the_end(make, tmp_path):
+    changes = {"use_lr_scheduler": True, "warmup_steps": 4, "warmup_from": 0.1, "min_lr": 1e-6, "num_epochs": 3}
+    assert run.main([make("rates", **changes)]) == 0
+    rates = [r["lr"] for r in records(tmp_path, "rates", "step")]
+    assert rates[0] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-3) == max(rates)
+    assert rates[1:5] == sorted(rates[1:5]) and rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 2e-5
+
+
+@pytest.mark.parametrize(
+    "keys, word", [({"warmup_steps": 2, "warmup_epochs": 1}, "warmup_steps"), ({"min_lr": 1e-6, "min_lr_ratio": 0.1}, "min_lr")]
+)
+def test_two_ways_to_say_one_thing_are_refused(make, capsys, keys, word):
+    assert run.main([make("twice", **keys)]) == 2
+    assert f"{word}: also given as" in capsys.readouterr().err
