@@ -17,13 +17,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-def append_cache(config, capacity: int) -> DynamicCache:
+def append_cache(config, capacity: int, n_layers: int = 0) -> DynamicCache:
     """An empty cache for a causal LM's config. `capacity` columns fit without moving anything; more are allowed.
 
-    Layers that the library keeps in another form (sliding windows, recurrent states) stay what they are there.
+    Layers that the library keeps in another form (sliding windows, recurrent states) stay what they are there. `n_layers`:
+    at least so many; a backbone may keep more than its blocks do.
     """
     cache = DynamicCache(config=config)
     cache.layers = [AppendLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers += [AppendLayer(capacity) for _ in range(n_layers - len(cache.layers))]
     return cache
 
 
@@ -175,7 +177,7 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
 
 def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
     """Add the rows of `other`; the shorter one is padded with zero columns on the left, which the mask must hide."""
-    for mine, theirs in zip(cache.layers, other.layers):
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
         width = max(mine.get_seq_length(), theirs.get_seq_length())
         pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
         mine.replace(*(torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in pair]) for pair in pairs))

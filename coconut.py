@@ -168,6 +168,8 @@ class Coconut(nn.Module):
         self.after_pass: Callable[[Pass, bool], None] | None = None
         self.gen_forward_cnt = 0
         refuse_scaled_logits(base_causallm.config)
+        if getattr(base_causallm, "single_pass_only", False) and self.feedback.reads_hidden:
+            raise ValueError("this backbone looks at whole sequences (mod_router: topk) and can't think step by step")
         # Files hold `pause_embedding` and `feedback_mode_id` at the top level, not under the submodule's name.
         self.register_state_dict_post_hook(_lift_feedback_keys)
         self.register_load_state_dict_pre_hook(_sink_feedback_keys)
@@ -214,7 +216,8 @@ class Coconut(nn.Module):
         if len(plan.passes) > 1 and cache is None:
             config = self.base_causallm.config
             cache = DynamicCache(config=config) if compiled else append_cache(config, n_columns)
-        seen = visible(self.base_causallm, attention_mask if plan.left_padded or compiled else None)
+        told = plan.left_padded or compiled or getattr(self.base_causallm, "needs_mask", False)
+        seen = visible(self.base_causallm, attention_mask if told else None)
         positions_BT = self._positions(plan, input_ids, attention_mask, position_ids, compiled)
 
         cuts = sorted({edge for pass_ in plan.passes for edge in (pass_.start, pass_.stop)})
@@ -296,8 +299,18 @@ class Coconut(nn.Module):
                 position_ids=positions_BC,
                 past_key_values=no_cache(base.config) if cache is None and mask is None else cache,
                 use_cache=cache is not None,
+                **self._told(pass_, x_BCD),
             )
         return x_BCD, out.last_hidden_state, getattr(out, "columns", None)
+
+    def _told(self, pass_: Pass, x_BCD: Tensor) -> dict:
+        """Which columns are thoughts ([B, C] bool), for a backbone that treats them otherwise."""
+        if not getattr(self.base_causallm.config, "mod_force_thoughts", False):
+            return {}
+        thoughts_BC = torch.zeros(x_BCD.shape[:2], dtype=torch.bool)
+        for slot in pass_.slots:
+            thoughts_BC[:, slot.column - pass_.start] = slot.rows
+        return {"thoughts": thoughts_BC.to(x_BCD.device)}
 
     # ------------------------------------------------------------ training
 

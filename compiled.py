@@ -50,11 +50,18 @@ def compile_passes(model, precision=None, backend: str = "inductor") -> str | No
                 module.p = rate
             model.train(was_training)
             model.zero_grad(set_to_none=True)
+            forget_trials(model)
     tolerance = 0.05 if torch.bfloat16 in (model.embedding.weight.dtype, _autocast_dtype(model, precision)) else 0.01
     if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(eager, fast)):
         uncompile(model)
         return f"loss and gradient norm {fast} differ from {eager} of the eager passes"
     return None
+
+
+def forget_trials(model) -> None:
+    """Let a backbone forget what it noted of batches that are not trained on."""
+    if hasattr(model.base_causallm, "forget_scores"):
+        model.base_causallm.forget_scores()
 
 
 def uncompile(model) -> None:

@@ -187,8 +187,8 @@ class Decoding:
         rows = [self.rows[b] for b in numbers]
         room = max(SPARE_COLUMNS, *(row.cap - len(row.new_ids) for row in rows))
         index = torch.tensor(numbers, device=self.token_B.device)
-        cache = append_cache(self.model.base_causallm.config, self.n_columns + room)
-        for mine, layer in zip(cache.layers, self.cache.layers):
+        cache = append_cache(self.model.base_causallm.config, self.n_columns + room, len(self.cache.layers))
+        for mine, layer in zip(cache.layers, self.cache.layers, strict=True):
             mine.replace(layer.keys[index], layer.values[index])
         return replace(
             self,

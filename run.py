@@ -25,7 +25,7 @@ from accounting import Shape, peak_flops
 from averaging import WeightAverage
 from checkpoint import build_model, find_checkpoint
 from coconut import Coconut, decoder_blocks
-from compiled import compile_passes, uncompile
+from compiled import compile_passes, forget_trials, uncompile
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
 from evaluate import validate, wants_two_choice
 from microbatch import candidates, largest_micro_batch
@@ -240,6 +240,7 @@ def choose_micro_batch(run: Run) -> int:
         with run.precision():
             run.model(**batch).loss.backward()
         run.model.zero_grad(set_to_none=True)
+        forget_trials(run.model)
         del reserved
 
     run.model.train()

@@ -56,6 +56,8 @@ def load_backbone(model_id: str, from_scratch: bool = False, seed: int = 0, **co
     if not from_scratch:
         return fuse_activations(_from_hub(AutoModelForCausalLM, model_id, dtype=torch.float32, **config_changes))
     config = _own_config(model_id, **config_changes) if model_id in NAMES else _from_hub(AutoConfig, model_id, **config_changes)
+    if getattr(config, "init_seed", seed) is None:
+        config.init_seed = seed  # weights by (seed, name), the same whatever else the model has
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return fuse_activations(AutoModelForCausalLM.from_config(config).float())

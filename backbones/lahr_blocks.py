@@ -94,7 +94,7 @@ class Attention(nn.Module):
         row_B1 = torch.arange(B, device=x_SD.device)[:, None] if len(columns.bias) > 1 else 0
         bias = columns.bias[:, 0][row_B1, picked.column_BN][:, None]
         out_BND = self._attended(q, k, v, bias, False, cache)
-        return self.o(out_BND.flatten(0, 1)[picked.place_S])
+        return self.o(out_BND.flatten(0, 1).index_select(0, picked.place_S))
 
     def _projected(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (part(x).unflatten(-1, (self.n_heads, -1)) for part in (self.q, self.k, self.v))

@@ -37,6 +37,7 @@ _SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 _SCALED |= {"original_max_position_embeddings": 32}
 _LLAMA = dict(_GROUPED, model_type="llama", rms_norm_eps=1e-5)
 _QWEN = dict(_GROUPED, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
+_QUIET = dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), 0.0)
 FAMILIES = {
     "gpt2": dict(_GPT2, model_type="gpt2", activation_function="gelu_new"),
     "llama": dict(_LLAMA, rope_scaling=None, tie_word_embeddings=False),
@@ -44,8 +45,8 @@ FAMILIES = {
     "qwen2": dict(_QWEN, model_type="qwen2", use_sliding_window=False, sliding_window=32, max_window_layers=2),
     "qwen3": dict(_QWEN, model_type="qwen3", head_dim=16, attention_bias=False, sliding_window=None, max_window_layers=3),
     "mistral": dict(_GROUPED, model_type="mistral", rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=24),
-    "lahr": dict(_WIDE, model_type="lahr", dropout=0.0),
-    "cognate": dict(_WIDE, model_type="cognate"),
+    "lahr": dict(_WIDE, model_type="lahr", dropout=0.0, use_mod=True, mod_capacity=0.5, use_memory=True, memory_sub_keys=8),
+    "cognate": dict(_WIDE, model_type="cognate", refiner_heads=4, memory_size=16, gate_size=16, attention_window=24, **_QUIET),
 }
 FOLDERS = {"prosqa_tiny": ROOT / "backbones/prosqa_tiny", "prosqa_words": ROOT / "backbones/prosqa_words"}  # init only
 
