@@ -154,6 +154,26 @@ def test_enough_parallel_iterations_are_the_thoughts_one_by_one(cell):
     assert counted == other_counted
 
 
+def test_padding_on_the_right_is_routed_nowhere():
+    batch = collate(token_rows([3, 1, 2]))
+    real = batch["attention_mask"].bool()
+    assert not real[:, -1].all(), "no row is padded on the right"
+    chosen = wrap(lahr("mod", mod_capacity=0.9)).rollout(**batch).columns["mod_selected"]
+    assert chosen[real].any() and not chosen[~real].any()
+
+
+def test_thoughts_can_be_kept_from_being_skipped():
+    batch = collate(token_rows([3, 1, 2]))
+    thoughts = batch["input_ids"] == LATENT
+    for forced in (False, True):
+        model = wrap(lahr("mod", mod_force_thoughts=forced, mod_capacity=0.1))
+        with torch.no_grad():
+            for router in model.base_causallm.model.routers.values():
+                router.threshold.fill_(1e9)  # nobody would be chosen
+        chosen = model.rollout(**batch).columns["mod_selected"]
+        assert bool(chosen[thoughts].all()) == forced and not chosen[~thoughts].any()
+
+
 def test_topk_is_refused():
     with pytest.raises(ValueError, match="topk"):
         wrap(lahr("mod", mod_router="topk"))(**collate(token_rows([2, 2])))
