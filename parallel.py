@@ -41,7 +41,10 @@ class Ddp(Alone):
 
     def __init__(self, model, world, config):
         super().__init__(model, world, config)
-        self.wrapped = DistributedDataParallel(model, [world.device.index] if world.device.type == "cuda" else None)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        # Buffers follow from what all ranks have seen; gradients live in the buckets that are reduced.
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        self.wrapped = DistributedDataParallel(model, devices, **options)
 
     def accumulating(self, last: bool):
         return nullcontext() if last else self.wrapped.no_sync()

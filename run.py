@@ -175,6 +175,8 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
 
         load_sharded_model(folder.path / f"last_shards_{position.global_step}", model)
     run.average = WeightAverage(model, config.weight_ema) if config.weight_ema else None
+    if restore is not None and run.average is not None:
+        restore(model, None, run.average)
     run.saver = Saver(folder, model, run.parallel, world, not config.debug, run.average)
     run.metrics = Metrics(config, folder.path, run.writes)
     run.evaluated = world.from_main(folder.evaluations(position.epoch) if world.is_main else None)

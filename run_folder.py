@@ -258,15 +258,16 @@ def snapshot_position(path: Path) -> dict:
 def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
     """(weights, restore) of a snapshot, by processes that hold whole parameters or sharded ones.
 
-    `restore(model, optimizer, average)` gives the optimizer and the weights' average (or None) their state back; all ranks
-    call it together. Weights are None where the parameters must be sharded before `sharding.load_shards` can fill them.
+    `restore(model, optimizer, average)` gives the optimizer, the weights' average, or both their state back; all ranks call
+    it together. Weights are None where the parameters must be sharded before `sharding.load_shards` can fill them.
     """
     if not path.is_dir() and not sharded:
         state = read_whole(path)
 
-        def restore(model, optimizer, average=None) -> None:
-            optimizer.load_state_dict(state["optimizer"])
-            if average and "average" in state:
+        def restore(model, optimizer=None, average=None) -> None:
+            if optimizer is not None:
+                optimizer.load_state_dict(state["optimizer"])
+            if average is not None and "average" in state:
                 average.load(model, state["average"])
 
         return state["model"], restore

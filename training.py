@@ -52,7 +52,7 @@ def train(run, position: Position, restore: Callable | None, resumed: bool) -> N
             if optimizer is None or not keeps:
                 optimizer = build_optimizer(run.model, config)
                 if keeps and restore is not None:
-                    restore(run.model, optimizer, run.average)
+                    restore(run.model, optimizer)
                 restore = None
             with stop.deferred():
                 finished = train_epoch(run, optimizer, position)

@@ -184,6 +184,22 @@ def test_averaged_weights_are_what_is_evaluated_and_stored(make, tmp_path, capsy
     assert f"(cross-entropy {logged['eval/two_choice_ce']:.4f})" in capsys.readouterr().out
 
 
+def test_an_average_is_there_before_what_a_kill_left_undone_is_done(make, tmp_path):
+    """Killed between the snapshot and checkpoint_1: that holds the average as well when it is written at the next start."""
+    changes = {"weight_ema": 0.9, "reset_optimizer": False, "num_epochs": 1}
+    assert run.main([make("whole", **changes)]) == 0
+    folder = tmp_path / "runs/whole"
+    files = [folder / name for name in ("checkpoint_1", "eval_1.jsonl")]
+    before = [torch.load(files[0], weights_only=True), files[1].read_text()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
+    for file in files:
+        file.unlink()
+    assert run.main([make("whole", **changes)]) == 0
+    after = torch.load(files[0], weights_only=True)
+    assert all(torch.equal(before[0][key], after[key]) for key in after) and files[1].read_text() == before[1]
+
+
 def test_the_best_checkpoint_and_the_early_stop_may_go_by_the_loss(make, tmp_path):
     changes = {"select_by": "loss", "early_stop_patience": 2, "min_delta": 0.4, "num_epochs": 12, "lr": 3e-3}
     assert run.main([make("by-loss", coconut=False, cot=True, **changes)]) == 0
