@@ -121,7 +121,9 @@ def init(source: dict | Path) -> dict[str, list[float]]:
             (Path(folder) / "config.json").write_text(json.dumps(source))
         model = load_backbone(folder if isinstance(source, dict) else str(source), from_scratch=True, seed=0)
     values = {name: parameter.detach().double().flatten() for name, parameter in model.named_parameters()}
-    return {name: [x.mean().item(), x.std(correction=min(1, x.numel() - 1)).item(), *x[:3].tolist()] for name, x in values.items()}
+    return {
+        name: [x.mean().item(), x.std(correction=min(1, x.numel() - 1)).item(), *x[:3].tolist()] for name, x in values.items()
+    }
 
 
 def recorded_columns(rows: list[list[int]]) -> list[list[int]]:
