@@ -5,4 +5,4 @@ set -euo pipefail
 # shellcheck source=scripts/setup.sh
 . "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=disabled CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

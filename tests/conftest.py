@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a folder or nothing: no test may wait for a hub
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The slowest files first, so that no worker is left with one of them at the end."""
+    slow = ["test_bench", "test_chaos", "test_study", "test_parallel", "test_remote", "test_run", "test_compiled"]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of official data files and golden records; skips where it is absent."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import coconut
+import taps
 from analysis.interventions import Patch
 from analysis.self_checks import CheckFailed, self_checks
 from analysis.subject import Problems, Subject
@@ -36,8 +37,8 @@ def test_real_checkpoints_pass(tiny_runs, small_data, key):
 
 
 def test_an_edit_that_leaves_a_trace(tiny_runs, small_data, monkeypatch):
-    real = coconut._edited
-    monkeypatch.setattr(coconut, "_edited", lambda edit, layer, pass_, x: real(edit, layer, pass_, x) + 0.01 * (layer > 0))
+    real = taps.edited
+    monkeypatch.setattr(taps, "edited", lambda edit, layer, pass_, x: real(edit, layer, pass_, x) + 0.01 * (layer > 0))
     assert "identity" in failing(tiny_runs["m5"], small_data)
 
 
