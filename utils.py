@@ -142,7 +142,7 @@ class Config(BaseModel):
     def _word_to_bool(cls, value):
         return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
-    @field_validator("load_model_path", "train_path", mode="before")
+    @field_validator("load_model_path", "train_path", "tokenizer", mode="before")
     @classmethod
     def _nothing(cls, value):
         return None if value in ("None", "none", "null", "") else value
@@ -256,7 +256,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
             problems.append(
                 f"model_id: {given['model_id']} has no weights of its own; set from_scratch: True, or name a folder"
             )
-        if not given.get("tokenizer"):
+        if given.get("tokenizer") in (None, "", "None", "none", "null"):
             problems.append(f"tokenizer: missing; {given['model_id']} has none, name a hub id or folder (backbones/characters)")
     problems += _check_method(flags, given) + _check_mode(flags, given) + _check_speed(flags, given)
     if config is not None:
@@ -279,7 +279,8 @@ def _explain(item: dict) -> str:
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{key}: missing"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r}"
 
 
 def _check_method(flags: dict[str, bool], given: dict) -> list[str]:

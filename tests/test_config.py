@@ -257,3 +257,12 @@ def test_every_config_of_the_repository_loads(path, tmp_path):
 def test_a_resolved_config_loads_again(tmp_path):
     config = config_of(tmp_path, MINIMAL | {"feedback_mode": "pause_multipass", "load_model_path": "None", "bf16": "pure"})
     assert check_config(config.model_dump(), "again") == config
+
+
+def test_a_backbone_without_a_folder_needs_a_tokenizer_and_no_weights(tmp_path):
+    values = {"name": "x", "save_path": str(tmp_path), "train_path": "t", "val_path": "v", "cot": True, "model_id": "lahr"}
+    with pytest.raises(ValueError, match="model_id: lahr has no weights of its own.*tokenizer: missing; lahr has none"):
+        check_config(values | {"tokenizer": "None"}, "test")
+    config = check_config(values | {"tokenizer": "folder", "from_scratch": True, "model_config": {"size": "tiny"}}, "test")
+    assert config.tokenizer_id == "folder" and config.model_options == {"size": "tiny"}
+    assert check_config(config.model_dump(), "run.json") == config, "what run.json says must be read again"
