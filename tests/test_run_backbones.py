@@ -48,7 +48,9 @@ def test_a_checkpoint_knows_what_it_is(make, tmp_path, model):
     assert loaded.base_causallm.config.model_type == model and loaded.feedback_mode == "pause_curriculum"
     assert config.model_options == MODELS[model] and ids.latent == tokenizer.convert_tokens_to_ids("<|latent|>")
     row = loaded.embedding(torch.tensor(ids.latent))
-    assert loaded.pause_embedding.norm().item() == pytest.approx(row.norm().item(), rel=0.2), "a thought on another scale than tokens"
+    assert loaded.pause_embedding.norm().item() == pytest.approx(row.norm().item(), rel=0.2), (
+        "a thought on another scale than tokens"
+    )
 
 
 def test_cells_of_one_seed_share_their_weights(make, tmp_path):
