@@ -273,7 +273,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
 
 
 def _explain(item: dict) -> str:
-    key = str(item["loc"][0])
+    key = {"model_options": "model_config"}.get(str(item["loc"][0]), str(item["loc"][0]))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, Config.model_fields, 1)
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
