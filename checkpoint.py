@@ -22,6 +22,7 @@ from utils import PAUSE_MODES, Config, check_config, read_json, whole_file
 
 MODE_OF_ID = {cls.mode_id: name for name, cls in FEEDBACK_MODES.items() if cls.mode_id is not None}
 NUMBERED = re.compile(r"checkpoint_(\d+)")
+PHASE1_BEST, PHASE1_EPOCH = "best_model.pt", re.compile(r"epoch_(\d+)\.pt")
 IGNORED_KEY = re.compile(r"(^|\.)attn\.(masked_)?bias$")  # causal-mask buffers of old GPT-2 files
 
 
@@ -34,6 +35,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     ValueError where it is not one, is cut short, or is damaged anywhere.
     """
     weights = read_whole(path)
+    if isinstance(weights, dict) and "model_state_dict" in weights:  # checkpoint_format: phase1
+        weights = weights["model_state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()) or not weights:
         raise ValueError(f"{path} is not a checkpoint: it must hold a flat dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
@@ -143,8 +146,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         best = path / "best.json"
         files = [str(read_json(best, "file")["file"])] if best.is_file() else []
-        files = [name for name in files if NUMBERED.fullmatch(name)]  # a name, no path out of the folder
-        for name in [*files, *(f"checkpoint_{n}" for n in reversed(numbered_checkpoints(path)))]:
+        files = [name for name in files if NUMBERED.fullmatch(name) or name == PHASE1_BEST]  # no path out of the folder
+        files += [f"checkpoint_{n}" for n in reversed(numbered_checkpoints(path))]
+        files += [f"epoch_{n}.pt" for n in reversed(numbered_checkpoints(path, PHASE1_EPOCH))]
+        for name in files:
             if (path / name).is_file():
                 print(f"load_model_path is a folder; taking {path / name}")
                 return path / name
@@ -156,9 +161,9 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"load_model_path: no checkpoint at {path}; {shown} (files are named checkpoint_N, N = epochs trained)")
 
 
-def numbered_checkpoints(folder: Path, prefix: str = "checkpoint_") -> list[int]:
-    """The N of every checkpoint_N, ascending; other names do not count."""
-    names = (re.fullmatch(prefix + r"(\d+)", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
+def numbered_checkpoints(folder: Path, pattern: re.Pattern = NUMBERED) -> list[int]:
+    """The N of every checkpoint_N (or of what else the pattern names), ascending; other names do not count."""
+    names = (pattern.fullmatch(p.name) for p in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match[1]) for match in names if match)
 
 
@@ -200,7 +205,7 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
         backbones.grow_vocabulary(base, tokenizer, ids)
 
     mode = "none" if config.plain else config.feedback_mode
-    options = (mode, config.force_multipass, config.latent_iterations)
+    options = (mode, config.force_multipass, config.latent_iterations, config.latent_norm)
     model = Coconut(base, ids.latent, ids.start, ids.end, tokenizer.eos_token_id, *options)
     if model.pause_embedding is not None:
         model.pause_embedding.data.copy_(backbones.anchor_vector(base.get_input_embeddings(), tokenizer))

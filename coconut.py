@@ -20,7 +20,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import generation
 from attention import append_cache, no_cache, visible, visible_to
@@ -132,6 +132,8 @@ class Coconut(nn.Module):
         latent_iterations: refine all thoughts in parallel this many times (Jacobi iteration, PCCoT arXiv 2506.18582) instead
             of one after the other. Exact from the number of thoughts on, approximate below it. Only where thoughts
             read hidden states.
+        latent_norm: "match_embedding" scales every fed-back state to the RMS of the embedding table (at the start of training
+            a state after the final norm is some 50 times longer than a token of GPT-2); "none" feeds it as it is (Coconut).
 
     Every method takes `edit(layer, pass_, x)`: layer 0 is the embeddings a pass is given, after feedback; layer i the
     output of block i, before any final norm; return a replacement of `x` ([B, C, D]) or None to keep it. `edit.layers`,
@@ -149,6 +151,7 @@ class Coconut(nn.Module):
         feedback_mode: str = "continuous",
         force_multipass: bool = False,
         latent_iterations: int | None = None,
+        latent_norm: str = "none",
     ):
         super().__init__()
         self.base_causallm = base_causallm
@@ -163,7 +166,7 @@ class Coconut(nn.Module):
         self.feedback = FEEDBACK_MODES[self.feedback_mode](pause_D)
         if latent_iterations is not None and (latent_iterations < 1 or not self.feedback.reads_hidden):
             raise ValueError("latent_iterations must be at least 1, and needs feedback_mode continuous")
-        self.force_multipass, self.latent_iterations = force_multipass, latent_iterations
+        self.force_multipass, self.latent_iterations, self.latent_norm = force_multipass, latent_iterations, latent_norm
         self.compiled = False  # see compiled.py
         self.after_pass: Callable[[Pass, bool], None] | None = None
         self.gen_forward_cnt = 0
@@ -223,6 +226,7 @@ class Coconut(nn.Module):
         cuts = sorted({edge for pass_ in plan.passes for edge in (pass_.start, pass_.stop)})
         pieces = dict(zip(cuts, self.embedding(input_ids).split([b - a for a, b in zip(cuts, cuts[1:])], 1)))
         read = {slot.column - 1 for pass_ in plan.passes for slot in pass_.slots}
+        length = self.embedding_rms() if read and self.latent_norm == "match_embedding" else None
         fed, states, said, state_of, end = [], [], [], {}, 0
         for pass_ in plan.passes:
             if pass_.start < end:
@@ -231,7 +235,8 @@ class Coconut(nn.Module):
             x_BCD = self._fill(x_BCD, pass_, state_of)
             mask, positions_BC = visible_to(seen, pass_.start, pass_.stop), positions_BT[:, pass_.start : pass_.stop]
             x_BCD, h_BCD, columns = self._backbone_pass(x_BCD, pass_, mask, positions_BC, cache, edit)
-            state_of |= {column: h_BCD[:, column - pass_.start] for column in read if pass_.start <= column < pass_.stop}
+            here = [column for column in read if pass_.start <= column < pass_.stop]
+            state_of |= {column: _of_length(h_BCD[:, column - pass_.start], length) for column in here}
             end = pass_.stop
             if not pass_.again:
                 fed.append(x_BCD)
@@ -241,6 +246,12 @@ class Coconut(nn.Module):
                 self.after_pass(pass_, pass_ is plan.passes[-1])
         columns = {name: _join([part[name] for part in said]) for name in said[0]} if said[0] else None
         return Rollout(_join(states), _join(fed), cache, columns)
+
+    @torch.no_grad()
+    def embedding_rms(self) -> Tensor:
+        """Root mean square of all entries of the embedding table, as fed; a scalar."""
+        weight_VD = self.embedding.weight
+        return self.embedding(torch.arange(len(weight_VD), device=weight_VD.device)).square().mean().sqrt()
 
     def _positions(self, plan: Plan, input_ids, attention_mask, position_ids, compiled: bool) -> Tensor:
         """Positions [B or 1, T]; those at padding are arbitrary, and within the model's limit."""
@@ -416,6 +427,20 @@ class Coconut(nn.Module):
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _of_length(h_BD: Tensor, rms: Tensor | None) -> Tensor:
+    """States scaled to a root mean square; as they are where there is none."""
+    return h_BD if rms is None else h_BD * (rms / h_BD.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8))
+
+
+def COCONUTModel(config, feedback_mode: str = "continuous", start=2, latent=3, end=4, eos=1) -> Coconut:
+    """A new causal LM of a Hugging Face config in its wrapper; token ids default to those of the character tokenizer.
+
+    model = COCONUTModel(LahrConfig.size("tiny", vocab_size=100))
+    model(input_ids, labels=labels).loss
+    """
+    return Coconut(AutoModelForCausalLM.from_config(config), latent, start, end, eos, feedback_mode)
 
 
 def _lift_feedback_keys(module, state_dict, prefix, local_metadata) -> None:

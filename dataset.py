@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -220,6 +221,8 @@ def training_stage(n_steps, stage, configs) -> tuple:
         return n_steps, np.zeros_like(n_steps)
     most = cap if configs.pad_latent_to_max else np.minimum(n_steps, cap)
     drop = np.where(stage <= cap, np.minimum(stage, n_steps), n_steps)
+    if getattr(configs, "latents_follow_steps", False):  # the latents of evaluation: never more than steps were dropped
+        return drop, np.minimum(drop, cap) * configs.c_thought
     return drop, np.where(stage <= cap, stage, most) * configs.c_thought
 
 
@@ -410,6 +413,44 @@ class MyCollator:
         if "idx" in rows[0]:
             batch["idx"] = torch.tensor([row["idx"] for row in rows])
         return batch
+
+
+class COCONUTDataset(StageDataset):
+    """A data file at one stage of the curriculum, without a config: training rows, or after `eval()` prompts.
+
+        dataset = COCONUTDataset("data/cot.json", COCONUTTokenizer(), current_stage=2)
+        dataset.set_stage(3)
+        dataset[0]["input_ids"], dataset[0]["labels"]
+
+    A row has c_thought * min(current_stage, its steps) thoughts.
+    """
+
+    def __init__(self, path: str | Path, tokenizer, current_stage: int = 0, c_thought: int = 1):
+        ids = tokenizer.convert_tokens_to_ids(["<|start-latent|>", "<|latent|>", "<|end-latent|>"])
+        table = TokenTable(get_dataset(path, tokenizer))
+        most = int(table.n_steps(np.arange(len(table))).max())
+        curriculum = SimpleNamespace(
+            max_latent_stage=most, c_thought=c_thought, pad_latent_to_max=False, no_cot=False, uniform_prob=0,
+            latents_follow_steps=True,
+        )  # fmt: skip
+        super().__init__(current_stage, table, curriculum, *ids, no_special_marker=False, training=True)
+
+    def set_stage(self, stage: int) -> None:
+        """Go to another stage."""
+        self._change(stage=stage)
+
+    def train(self) -> "COCONUTDataset":
+        """Rows with the steps that are left, the answer and labels."""
+        return self._change(training=True)
+
+    def eval(self) -> "COCONUTDataset":
+        """Prompts, which end behind the end marker."""
+        return self._change(training=False)
+
+    def _change(self, **values) -> "COCONUTDataset":
+        vars(self).update(values)
+        vars(self).pop("plans", None)
+        return self
 
 
 # ---------------------------------------------------------------- answers

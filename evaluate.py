@@ -273,7 +273,7 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
     run.model.train(was_training)
     summary = {"stage": stage, "n_latents": max(r["n_latents"] for r in records), **summarize(records)}
     if with_loss:
-        summary["eval/loss"] = loss
+        summary |= {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
     seconds = time.monotonic() - started
     summary |= {"seconds": seconds, "eval/samples_per_s": len(records) / seconds}
     if world.is_main:

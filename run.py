@@ -29,10 +29,12 @@ from compiled import compile_passes, forget_trials, uncompile
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
 from evaluate import validate, wants_two_choice
 from microbatch import candidates, largest_micro_batch
+from monitoring import Alarms
 from parallel import Alone, make_parallel
+from phase1 import Phase1Folder
 from recompute import recompute_blocks
 from reporting import Meter, Metrics
-from run_folder import Position, RunFolder, read_snapshot
+from run_folder import Position, RunFolder, is_snapshot, read_snapshot
 from saving import Saver, announce_disk_need
 from stopping import DONE, MISTAKE, NOT_FINITE, REQUEUE, Stopped, StopSignals
 from training import host_batch, on_device, train, update_size
@@ -60,6 +62,7 @@ class Run:
     micro_batches_per_update: int = 1
     metrics: Metrics = None
     meter: Meter = None
+    alarms: Alarms = field(default_factory=lambda: Alarms(enabled=False))
     evaluated: dict[int, dict] = field(default_factory=dict)
 
     @property
@@ -139,7 +142,7 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
     set_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
-    folder = RunFolder(config)
+    folder = Phase1Folder(config) if config.checkpoint_format == "phase1" else RunFolder(config)
     if world.is_main:
         folder.open(exclusive=not config.only_eval and not config.debug)
     world.barrier()
@@ -150,6 +153,7 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
     with no_garbage_collection():
         val_rows, tables, facts = load_data(config, world)  # what is wrong with the data is said before a model is loaded
     model, tokenizer, ids, report = build_model(config, *source)
+    folder.tokenizer = tokenizer
     if report is not None:
         print(report, flush=True)
     print(f"Running FSDP on rank = {world.rank}, world size = {world.size}", flush=True)
@@ -177,6 +181,7 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
     run.average = WeightAverage(model, config.weight_ema) if config.weight_ema else None
     if restore is not None and run.average is not None:
         restore(model, None, run.average)
+    run.alarms = Alarms(config.alarms, say=world.print)
     run.saver = Saver(folder, model, run.parallel, world, not config.debug, run.average)
     run.metrics = Metrics(config, folder.path, run.writes)
     run.evaluated = world.from_main(folder.evaluations(position.epoch) if world.is_main else None)
@@ -265,7 +270,7 @@ def find_start(config: Config, world: World, folder: RunFolder):
             raise ValueError(f"save_path: {path}, which rank 0 goes on from, is not on this machine; all must share save_path")
         world.print("Warning: found previous run and gonna resume from that. the inputted `resume` argument is ignored!")
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
-        if path.name.startswith("last_"):
+        if is_snapshot(path):
             weights, restore = read_snapshot(path, config.parallel == "fsdp2")
             return True, position, (None if weights is None else path, weights), restore
         if config.reset_optimizer is not True:

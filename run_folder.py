@@ -17,13 +17,14 @@
 import fcntl
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from checkpoint import (
+    PHASE1_EPOCH,
     numbered_checkpoints,
     on_cpu,
     read_weights,
@@ -35,6 +36,9 @@ from checkpoint import (
 )
 from coconut import Coconut
 from utils import Config, read_json, read_jsonl, remove, whole_file, write_json
+
+SHARDED = re.compile(r"sharded_(\d+)")
+PHASE1_KEYS = {"raw_model_state_dict": "model", "optimizer_state_dict": "optimizer"}  # of a snapshot, in epoch_N.pt
 
 
 @dataclass
@@ -59,8 +63,11 @@ class Position:
 class RunFolder:
     """The folder of one training run. All writing happens on rank 0."""
 
+    names = ("checkpoint_{}", "sharded_{}", "state_{}")  # of an epoch's files
+    one_file = False  # whether what an epoch left is one file, from which training can go on
+
     def __init__(self, config: Config):
-        self.path, self.config = config.run_dir, config
+        self.path, self.config, self.tokenizer = config.run_dir, config, None
         self.metrics = self.path / "metrics.jsonl"
         self.resumed_from: str | None = None  # the name of what `find_resume` found
         self._lock = None
@@ -93,7 +100,7 @@ class RunFolder:
 
     def holds_states(self) -> bool:
         """Whether there is anything to go on from."""
-        return bool(numbered_checkpoints(self.path) or self.snapshots())
+        return bool(self.numbers() or self.snapshots())
 
     def before(self) -> dict | None:
         """run.json of the run that would be resumed here; None where there is nothing to resume or it does not say."""
@@ -175,8 +182,7 @@ class RunFolder:
 
         `keep`: all, best, last K, every N. Weights left in shards (sharded_N) count like checkpoint_N.
         """
-        held = numbered_checkpoints(self.path, "checkpoint_") + numbered_checkpoints(self.path, "sharded_")
-        numbers = sorted(set(held))
+        numbers = self.numbers()
         word, n = (keep.split() + [0])[:2]
         wanted = {
             "all": numbers,
@@ -187,12 +193,20 @@ class RunFolder:
         file = self.path / "best.json"
         best = read_json(file, "epoch")["epoch"] + 1 if file.is_file() else None
         for i in set(numbers) - {*wanted[word], best, numbers[-1] if numbers else None}:
-            for name in ("checkpoint", "sharded", "state"):
-                remove(self.path / f"{name}_{i}")
+            for name in self.names:
+                remove(self.path / name.format(i))
+
+    def numbers(self) -> list[int]:
+        """After how many epochs there are weights here, ascending."""
+        return sorted({*numbered_checkpoints(self.path), *numbered_checkpoints(self.path, SHARDED)})
 
     def has_weights(self, epochs: int) -> bool:
         """Whether the weights after so many epochs lie here."""
-        return any((self.path / f"{name}_{epochs}").exists() for name in ("checkpoint", "sharded"))
+        return epochs in self.numbers()
+
+    def note_best(self, record: dict, loss: float | None, model: Coconut) -> None:
+        """Write best.json: the best validated epoch, its accuracy (and in some formats its loss), and its file."""
+        write_json(self.path / "best.json", {"file": f"checkpoint_{record['epoch'] + 1}"} | record)
 
     def pause_distance(self, model: Coconut) -> dict[str, float]:
         """{"pause_l2": how far the pause vector is from where it started}; empty for modes without one."""
@@ -205,17 +219,21 @@ class RunFolder:
 
     # ------------------------------------------------------------ resuming
 
+    def readable(self, snapshots: Iterable[Path]) -> Iterator[tuple[Path, Position]]:
+        """Those among some snapshots that are not damaged, with their positions."""
+        for path in snapshots:
+            try:
+                yield path, Position(**snapshot_position(path))
+            except ValueError as error:
+                print(f"Warning: {error}; going on without it")
+
     def find_resume(self) -> tuple[Path, Position] | None:
         """The newest undamaged state to continue from: a snapshot or a checkpoint_N, whichever is further."""
         found = [(Position(epoch=n), self.path / f"checkpoint_{n}") for n in numbered_checkpoints(self.path)]
-        for path in self.snapshots():
-            try:
-                found.append((Position(**snapshot_position(path)), path))
-            except ValueError as error:
-                print(f"Warning: {error}; going on without it")
+        found += [(position, path) for path, position in self.readable(self.snapshots())]
         for position, path in sorted(found, key=lambda c: (c[0].epoch, c[0].step, c[1].name.startswith("last")), reverse=True):
             self.resumed_from = path.name
-            if path.name.startswith("last"):
+            if is_snapshot(path):
                 return path, position
             try:
                 read_weights(path)
@@ -234,6 +252,21 @@ class RunFolder:
 # ---------------------------------------------------------------- snapshots
 
 
+def is_snapshot(path: Path) -> bool:
+    """Whether a file or folder holds all that going on needs, not weights alone."""
+    return path.name.startswith("last_") or PHASE1_EPOCH.fullmatch(path.name) is not None
+
+
+def read_state(path: Path) -> dict:
+    """What a last_state holds, or an epoch_N.pt under the same names. ValueError where a file is damaged or another."""
+    state = read_whole(path)
+    if isinstance(state, dict):
+        state = {PHASE1_KEYS.get(key, key): value for key, value in state.items()}
+    if not isinstance(state, dict) or not {"model", "optimizer", "position"} <= state.keys():
+        raise ValueError(f"{path} is not a training state")
+    return state
+
+
 def training_state(model: Coconut, optimizer, average=None) -> dict:
     """Copies on the CPU of weights, optimizer state and the weights' average, which training can then go on changing."""
     state = {"model": stored_model(model).state_dict(), "optimizer": optimizer.state_dict()}
@@ -249,10 +282,7 @@ def snapshot_position(path: Path) -> dict:
         if "position" not in index:
             raise ValueError(f"{path} is not a training state")
         return index["position"]
-    state = read_whole(path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "position"} <= state.keys():
-        raise ValueError(f"{path} is not a training state")
-    return state["position"]
+    return read_state(path)["position"]
 
 
 def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
@@ -262,7 +292,7 @@ def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
     it together. Weights are None where the parameters must be sharded before `sharding.load_shards` can fill them.
     """
     if not path.is_dir() and not sharded:
-        state = read_whole(path)
+        state = read_state(path)
 
         def restore(model, optimizer=None, average=None) -> None:
             if optimizer is not None:

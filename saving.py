@@ -19,7 +19,6 @@ from functools import partial
 
 from checkpoint import stored_model, stored_weights
 from run_folder import Position, RunFolder, training_state
-from utils import write_json
 
 
 class Writer:
@@ -103,6 +102,10 @@ class Saver:
         """Save what an epoch left; `alone`: checkpoint_N suffices to go on from here."""
         if not self.enabled:
             return
+        if self.folder.one_file:
+            if self.writes:
+                self._one_file(optimizer, copy.copy(position))
+            return
         alone = alone and not self.average  # checkpoint_N holds the average then
         unconsolidated = self.parallel.sharded and not self.config.consolidate
         if not alone or self.config.save_only_improve or unconsolidated:
@@ -111,6 +114,14 @@ class Saver:
             self.checkpoint(position)
         if alone and not self.config.save_only_improve and not unconsolidated and self.writes:
             self.writer.do(self.folder.drop_snapshots)
+
+    def _one_file(self, optimizer, position: Position) -> None:
+        print("saving model.", flush=True)
+        self.writer.wait()
+        with self.average.in_place_of(self.model) if self.average else nullcontext():
+            weights = self.weights()
+        save = partial(self.folder.save_epoch, position, weights, training_state(self.model, optimizer, self.average))
+        self.writer.do(save, partial(self.folder.tidy, self.config.keep), self.folder.drop_snapshots)
 
     def checkpoint(self, position: Position) -> None:
         """The weights as checkpoint_N (or, sharded and not to be consolidated, as sharded_N); then what `keep` is done with."""
@@ -140,10 +151,10 @@ class Saver:
         if self.writes:
             self.writer.do(partial(self.folder.drop_snapshots, self.folder.resumed_from))
 
-    def best(self, record: dict) -> None:
-        """Note the best checkpoint, once it is written."""
+    def best(self, epoch: int, accuracy: float, loss: float | None) -> None:
+        """Note the best epoch (its index), once its file is written."""
         if self.writes:
-            self.writer.do(partial(write_json, self.folder.path / "best.json", record))
+            self.writer.do(partial(self.folder.note_best, {"epoch": epoch, "accuracy": accuracy}, loss, self.model))
 
     def weights(self) -> dict:
         """Copies of the whole weights on the CPU, under the names of a checkpoint file; on rank 0, empty elsewhere."""

@@ -9,6 +9,7 @@ import math
 import shlex
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from checkpoint import save_whole
 from compiled import PREFIX_MULTIPLE
 from dataset import StageDataset, get_cot_latent_dataset, padded_layout
 from evaluate import validate
-from optimizers import build_optimizer, can_skip, set_rates
+from monitoring import observed
+from optimizers import WITH_MUON, build_optimizer, can_skip, set_rates, update_norms
 from reporting import Progress
 from run_folder import Position
 from stopping import Stopped
@@ -135,6 +137,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     )
     parallel, per_update = run.parallel, run.micro_batches_per_update
     skips = can_skip(optimizer) and not parallel.sharded
+    watched = config.optimizer in WITH_MUON  # whose steps the clipping of gradients does not bound
     n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
     warmup, total_updates = config.warmup_steps or round(config.warmup_epochs * n_updates), config.num_epochs * n_updates
@@ -192,8 +195,12 @@ def train_epoch(run, optimizer, position: Position) -> bool:
             optimizer.found_inf = bad
         else:
             log.flush()  # which raises before a step that must not be
-        optimizer.step()
+        with update_norms(optimizer) if watched and step % config.log_every == 0 else nullcontext({}) as norms:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if norms:
+            norms = {f"train/update_norm{'' if name == 'all' else '_' + name}": float(norm) for name, norm in norms.items()}
+            run.metrics.log(event="update_norm", epoch=epoch, **{"train/step": epoch * n_updates + step}, **norms)
         if run.average is not None:
             run.average.update(run.model, position.global_step + log.pending - 1)
         if hasattr(run.model.base_causallm, "after_update"):  # buffers that follow what an update has seen
@@ -285,6 +292,7 @@ class Updates:
             mean_loss = loss_sum / sum(tokens)
             if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
                 stop_on_nonfinite(run, self.rows, group, epoch, step, mean_loss, grad_norm)
+            run.alarms.update(epoch * self.n_updates + step, mean_loss, grad_norm)
             position.count(loss_sum, sum(tokens))
             self.bar.update(step, min((step + 1) * self.per_update, self.n_batches) - 1, mean_loss)
             run.metrics.log(
@@ -337,12 +345,14 @@ def finish_epoch(run, position: Position) -> None:
         return
     with run.evaluating():
         summary = validate(run, epoch, f"eval_{epoch + 1}.jsonl" if not config.debug else None, with_loss=True)
+        summary |= observed(run, config.stage(epoch)) if run.world.is_main else {}
+    run.alarms.evaluation(epoch, summary["eval/loss"])
     accuracy = summary["eval/acc"]
     least = 0.0 if config.select_by == "accuracy" else -math.inf  # stock: no accuracy of 0 is ever the best
     if run.score(summary) > max(map(run.score, run.evaluated.values()), default=least):
         if config.save_only_improve:
             run.saver.checkpoint(position)
-        run.saver.best({"file": f"checkpoint_{epoch + 1}", "epoch": epoch, "accuracy": accuracy})
+        run.saver.best(epoch, accuracy, summary.get("eval/loss"))
     run.metrics.log(event="eval", epoch=epoch, **summary)
     run.metrics.check()
     run.evaluated[epoch] = summary

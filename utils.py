@@ -80,6 +80,8 @@ class Config(BaseModel):
     latent_iterations: int | None = Field(None, ge=1)
 
     uniform_range: Literal["steps", "stage"] = "steps"
+    latents_follow_steps: bool = False
+    latent_norm: Literal["none", "match_embedding"] = "none"
 
     # batches
     effective_batch_size: int | None = Field(None, ge=1)
@@ -111,6 +113,7 @@ class Config(BaseModel):
     early_stop_patience: int | None = Field(None, ge=1)
     min_delta: float = Field(0.0, ge=0)
     max_steps: int | None = Field(None, ge=1)
+    alarms: bool = False
 
     # processes
     parallel: Literal["ddp", "fsdp2"] = "ddp"
@@ -118,6 +121,7 @@ class Config(BaseModel):
 
     # run folder and logging
     auto_resume: bool = True
+    checkpoint_format: Literal["stock", "phase1"] = "stock"
     keep: str = "all"
     async_save: bool = True
     save_training_state: bool = True
@@ -308,6 +312,14 @@ def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
     continuous = flags["coconut"] and not flags["no_thoughts"] and given.get("feedback_mode", "continuous") == "continuous"
     if given.get("latent_iterations") and not continuous:
         problems.append("latent_iterations: needs coconut: True and feedback_mode: continuous")
+    if given.get("latent_norm", "none") != "none" and not continuous:
+        problems.append("latent_norm: needs coconut: True and feedback_mode: continuous")
+    if given.get("checkpoint_format") == "phase1":
+        for key in ("save_only_improve", "reset_optimizer"):
+            if given.get(key):
+                problems.append(f"{key}: cannot be combined with checkpoint_format: phase1; leave it out")
+        if given.get("parallel") == "fsdp2":
+            problems.append("checkpoint_format: phase1 cannot be combined with parallel: fsdp2; leave it out")
     if given.get("compile") and given.get("activation_checkpointing"):
         problems.append("compile: cannot be combined with activation_checkpointing; set one of them to False")
     for one, other in (("warmup_steps", "warmup_epochs"), ("min_lr", "min_lr_ratio")):

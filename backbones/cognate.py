@@ -212,6 +212,20 @@ class CognateForCausalLM(CognatePreTrainedModel, GenerationMixin):
             if everyone[-1] > 0:
                 self.model.act_head.update(everyone[:-1], everyone[-1])
 
+    def statistics(self, columns: dict[str, Tensor], asked_BT: Tensor, thought_BT: Tensor, real_BT: Tensor) -> dict[str, float]:
+        """Halting steps of real tokens, the variance of the first step's q within rows, and the gate's share for the memory."""
+        steps_N, found = columns["halting_steps"][real_BT].float(), {}
+        for name in ("avg", "max", "min"):
+            value = steps_N.mean() if name == "avg" else getattr(steps_N, name)()
+            found[f"act/{name}_halting_steps"] = float(value)
+        found["act/halting_variance"] = float(steps_N.var(unbiased=False))
+        if self.config.max_recursions and self.config.use_act:
+            q_BT = wide(columns["halt_logits"])[..., 1].sigmoid()
+            mean_B1 = (q_BT * real_BT).sum(1, keepdim=True) / real_BT.sum(1, keepdim=True).clamp(min=1)
+            found["act/q_variance"] = float((q_BT - mean_B1)[real_BT].square().mean())
+        found["ltm/memory_usage"] = float(columns["memory_share"][real_BT].mean())
+        return found | {"gate/entropy": float(columns["gate_entropy"][real_BT].mean())}
+
     # ------------------------------------------------------------ helpers
 
     def count_parameters(self) -> dict[str, int]:

@@ -147,7 +147,7 @@ class CognateModel(CognatePreTrainedModel):
         go on behind the halt, for the losses); without `early_exit` the last answer. `hidden_states`: that one alone, or
         with `output_hidden_states` the embeddings and every block's output before it.
 
-        `columns`: halt_logits [B, C, S], halting_steps [B, C] (1 .. R), gate_entropy [B, C]; while training or with
+        `columns`: halt_logits [B, C, S], halting_steps [B, C] (1 .. R), gate_entropy, memory_share [B, C]; while training or with
         `return_all_steps` also states [B, C, S, D], the answers as they would enter the head; with `return_all_steps`
         latents [B, C, S, D].
         """
@@ -163,13 +163,14 @@ class CognateModel(CognatePreTrainedModel):
             per_block.append(x)
         y = self.norm(x)
         shelf = Shelf(cache, first=len(self.layers))
-        features, gate_entropy = self.gate(y, self.memory(y, window, shelf))
+        features, gate_entropy, memory_share = self.gate(y, self.memory(y, window, shelf))
         refined = self.recursion(features, window, shelf, self.act_head)
 
         columns = {
             "halt_logits": refined.halt_logits_BCS,
             "halting_steps": refined.steps_BC,
             "gate_entropy": gate_entropy,
+            "memory_share": memory_share,
         }
         if self.training or return_all_steps:
             columns["states"] = torch.stack(refined.answers, 2)

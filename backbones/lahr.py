@@ -283,6 +283,20 @@ class LahrForCausalLM(LahrPreTrainedModel, GenerationMixin):
             return self.lm_head.weight.new_zeros(())
         return self.config.mod_aux_coef * predictor_loss(columns, real_BC, self.config.mod_capacity)
 
+    def statistics(
+        self, columns: dict[str, Tensor] | None, asked_BT: Tensor, thought_BT: Tensor, real_BT: Tensor
+    ) -> dict[str, float]:
+        """Share of tokens that each routed layer selects, and of question, thought and text (asked) tokens over all layers."""
+        if columns is None:
+            return {}
+        selected_BTR = columns["mod_selected"]
+        layers = zip(self.config.routed, selected_BTR.unbind(2))
+        found = {f"mod/layer_{layer}": float(selected_BT[real_BT].float().mean()) for layer, selected_BT in layers}
+        kinds = {"question": real_BT & ~asked_BT & ~thought_BT, "thought": real_BT & thought_BT, "text": real_BT & asked_BT}
+        return found | {
+            f"mod/{kind}": float(selected_BTR[of_kind].float().mean()) for kind, of_kind in kinds.items() if of_kind.any()
+        }
+
     def forget_scores(self) -> None:
         """Drop what was noted since the last update, as after forwards that were trials and no training."""
         for router in self.model.routers.values():

@@ -1,6 +1,6 @@
 """What the Cognate backbone does behind its trunk: a gate mixes trunk and memory, and a small network refines the mix.
 
-    features_BCD, entropy_BC = Gate(config)(y_BCD, memory_BCD)
+    features_BCD, entropy_BC, memory_share_BC = Gate(config)(y_BCD, memory_BCD)
     refined = Recursion(config)(features_BCD, window, shelf, halting_head)
     refined.hidden_BCD            # the answer of each token at its own halt: what enters the language-model head
 
@@ -29,12 +29,13 @@ class Gate(nn.Module):
         self.inner = nn.Linear(2 * D, config.gate_size)
         self.outer = nn.Linear(config.gate_size, D)
 
-    def forward(self, y_BCD: Tensor, memory_BCD: Tensor) -> tuple[Tensor, Tensor]:
-        """The mix [B, C, D], and the mean entropy of a token's gates in nats, [B, C]."""
+    def forward(self, y_BCD: Tensor, memory_BCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mix [B, C, D]; of a token's gates the mean entropy in nats, and the mean share left to the memory, [B, C] each."""
         y_BCD, memory_BCD = rms(y_BCD, self.eps), rms(memory_BCD, self.eps)
         logit_BCD = self.outer(F.relu(self.inner(torch.cat([y_BCD, memory_BCD], -1))))
         g_BCD = logit_BCD.sigmoid()
-        return g_BCD * y_BCD + (1 - g_BCD) * memory_BCD, binary_entropy(wide(logit_BCD)).mean(-1)
+        entropy_BC = binary_entropy(wide(logit_BCD)).mean(-1)
+        return g_BCD * y_BCD + (1 - g_BCD) * memory_BCD, entropy_BC, (1 - wide(g_BCD)).mean(-1).detach()
 
 
 class Reader(nn.Module):

@@ -22,16 +22,22 @@ WARM_UP = 2  # updates at the start of a run that do not count
 
 
 class Load(NamedTuple):
-    """A run: rows in a micro-batch (two make an update), updates, runs of each kind, and updates between two snapshots."""
+    """A run: rows in a micro-batch, micro-batches in an update, updates, runs of each kind, and updates between two snapshots."""
 
     micro: int
+    accumulated: int
     updates: int
     rounds: int
     save_every: int
 
+    @property
+    def rows(self) -> int:
+        """Rows in an update, by however many processes."""
+        return self.micro * self.accumulated
 
-LOADS = {"words 2x128": Load(16, 13, 7, 10), "GPT-2 124M": Load(2, 5, 3, 3)}
-QUICK = {"tiny 2x64": Load(4, 5, 1, 2)}
+
+LOADS = {"words 2x128": Load(16, 2, 13, 7, 10), "GPT-2 124M": Load(2, 8, 5, 2, 3)}
+QUICK = {"tiny 2x64": Load(4, 2, 5, 1, 2)}
 
 
 class Runner:
@@ -50,7 +56,7 @@ class Runner:
             "coconut": True, "max_latent_stage": 6, "resume": 6, "from_scratch": True, "model_id": self.model,
             "train_path": self.source.rows, "val_path": self.source.rows, "max_val_samples": 2, "max_new_tokens": 1,
             "save_path": self.folder, "name": name, "num_epochs": 100, "max_steps": self.load.updates, "log_every": 1,
-            "batch_size_training": self.load.micro, "effective_batch_size": 2 * self.load.micro, "group_by_length": True,
+            "batch_size_training": self.load.micro, "effective_batch_size": self.load.rows, "group_by_length": True,
             "save_every_steps": 0, "wandb": False, "device": "cpu",
         }  # fmt: skip
         config = self.folder / f"{name}.yaml"
@@ -77,7 +83,7 @@ def measure_scaling(runner: Runner) -> list[dict]:
         shares.append(100 * taken[1][-1] / (2 * taken[2][-1]))
     alone, together = (statistics.median(taken[n]) for n in (1, 2))
     note = f"{alone:.3g} s an update by one process, {together:.3g} s by two"
-    return [result("scaling", runner.shape, batch_size=2 * runner.load.micro, unit="%", note=note, **spread(shares))]
+    return [result("scaling", runner.shape, batch_size=runner.load.rows, unit="%", note=note, **spread(shares))]
 
 
 def measure_saving(runner: Runner) -> list[dict]:

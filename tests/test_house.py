@@ -9,8 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
 DATA = {"dataset", "batches"}
-CORE = MODEL | DATA | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel", "averaging"}
-RUNS = {"checkpoint", "sharding", "run_folder", "saving", "evaluate"}
+CORE = (
+    MODEL
+    | DATA
+    | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel", "averaging", "monitoring"}
+)
+RUNS = {"checkpoint", "sharding", "run_folder", "phase1", "saving", "evaluate"}
 MAY_IMPORT = {
     **{name: set() for name in CORE},
     "generation": {"attention"},
@@ -19,12 +23,14 @@ MAY_IMPORT = {
     "batches": {"dataset"},
     "utils": {"optimizers"},
     "reporting": {"accounting", "utils"},
+    "monitoring": {"dataset"},
     "parallel": {"sharding"},
     "checkpoint": CORE,
     "two_choice": CORE,
     "evaluate": CORE | {"two_choice"},
     "sharding": CORE | {"checkpoint"},
     "run_folder": CORE | {"checkpoint", "sharding"},
+    "phase1": CORE | {"checkpoint", "run_folder"},
     "saving": CORE | {"checkpoint", "sharding", "run_folder"},
     "training": CORE | RUNS,
     "run": CORE | RUNS | {"training"},
