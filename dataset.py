@@ -84,6 +84,8 @@ def load_rows(path: str | Path, max_rows: int | None = None) -> list[dict]:
                 raise ValueError(f"data file {path}, row {i}: `{key}` must be a {kind.__name__}, is {row[key]!r:.60}")
         if not all(isinstance(step, str) for step in row["steps"]):
             raise ValueError(f"data file {path}, row {i}: `steps` must be a list of strings")
+        if type(row.get("level", 0)) is not int:
+            raise ValueError(f"data file {path}, row {i}: `level` must be a whole number, is {row['level']!r:.60}")
     return rows[:max_rows]
 
 
@@ -100,7 +102,7 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
 
     Returns a `datasets.Dataset` with `question_tokenized` (with the tokenizer's own special tokens), `steps_tokenized`,
     `answer_tokenized` (ends with EOS), `merges` (whether encoding the whole text would merge tokens across pieces; looked at
-    in the first thousand rows, which costs as much again) and `idx`.
+    in the first thousand rows, which costs as much again), `level` (0 where a row has none) and `idx`.
     """
     from datasets import Dataset, Features, List, Value  # pandas and pyarrow: --help and errors need not wait for them
     from datasets.exceptions import DatasetGenerationError
@@ -111,12 +113,13 @@ def get_dataset(path: str | Path, tokenizer, max_size: int | None = None):
         "content": hashlib.sha256(path.read_bytes()).hexdigest(),
         "vocabulary": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
         "max_size": max_size,
+        "form": 2,
     }
     identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     tokens = List(Value("int64"))
     # Said, not guessed: the first rows of a file may have no steps.
     features = {name: tokens for name in ("question_tokenized", "answer_tokenized")}
-    features |= {"steps_tokenized": List(tokens), "merges": Value("bool"), "idx": Value("int64")}
+    features |= {"steps_tokenized": List(tokens), "merges": Value("bool"), "level": Value("int64"), "idx": Value("int64")}
     try:
         return Dataset.from_generator(
             _tokenized_rows,
@@ -149,6 +152,7 @@ def _tokenized_rows(path: str, max_size: int | None, tokenizer) -> Iterator[dict
                 "steps_tokenized": row_steps,
                 "answer_tokenized": [*answer, tokenizer.eos_token_id],
                 "merges": whole is not None and [*question, *chain.from_iterable(row_steps), *answer] != whole,
+                "level": row.get("level", 0),
                 "idx": start + i,
             }
 
@@ -170,7 +174,7 @@ class TokenTable:
         steps = columns["steps_tokenized"].combine_chunks()
         self.step_start = _starts(steps)
         self.step = _Ragged(steps.flatten())
-        self.merges = int(np.sum(columns["merges"].to_numpy()))
+        self.merges, self.level = int(np.sum(columns["merges"].to_numpy())), columns["level"].to_numpy()
 
     def __len__(self) -> int:
         return len(self.question)

@@ -131,23 +131,26 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     config, world, epoch, watch = run.config, run.world, position.epoch, run.meter.watch
     stage = config.stage(epoch)
     rows = run.rows(get_cot_latent_dataset, stage, run.train, epoch=epoch)
-    lengths = rows.lengths()
+    lengths, numbers = rows.lengths(), numbers_of_epoch(run, epoch)
     batches = epoch_batches(
-        len(rows), config.batch_size_training, config.seed, epoch, lengths if config.group_by_length else None
+        len(numbers), config.batch_size_training, config.seed, epoch, lengths.of(numbers) if config.group_by_length else None
     )
+    batches = [numbers[batch] for batch in batches]
     parallel, per_update = run.parallel, run.micro_batches_per_update
     skips = can_skip(optimizer) and not parallel.sharded
     watched = config.optimizer in WITH_MUON  # whose steps the clipping of gradients does not bound
-    n_updates, n_latents = math.ceil(len(batches) / per_update), int(lengths.latents.max())
+    of_epochs = [updates_of_epoch(run, e) for e in range(config.num_epochs)]
+    n_updates, n_latents = of_epochs[epoch], int(lengths.latents.max())
+    earlier, total_updates = sum(of_epochs[:epoch]), sum(of_epochs)
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
-    warmup, total_updates = config.warmup_steps or round(config.warmup_epochs * n_updates), config.num_epochs * n_updates
+    warmup = config.warmup_steps or round(config.warmup_epochs * n_updates)
     exact = config.latent_iterations is None or config.latent_iterations >= n_latents
     world.print(
         f"Epoch {epoch + 1} of {config.num_epochs}: stage {stage}, up to {n_latents} latents, {n_updates} updates"
         + ("" if exact else f"; approximate thoughts: {config.latent_iterations} parallel iterations")
     )
     run.metrics.log_batch([rows[i] for i in batches[0][:4]], run.tokenizer)
-    log = Updates(run, rows, position, stage, n_latents, len(batches), per_update)
+    log = Updates(run, rows, position, stage, n_latents, len(batches), per_update, earlier)
     left = n_updates - position.step
     if config.max_steps is not None:
         left = min(left, max(config.max_steps - position.global_step, 0))
@@ -189,7 +192,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
             dist.all_reduce(loss_sum)
         grad_norm = clip_gradients(run.model, config.gradient_clip)
         bad = torch.maximum(bad, 1.0 - torch.isfinite(loss_sum + grad_norm).to(bad))
-        rate = set_rates(optimizer, epoch * n_updates + step, total_updates, warmup, config)
+        rate = set_rates(optimizer, earlier + step, total_updates, warmup, config)
         log.add(step, group, tokens, rate, loss_sum, grad_norm)
         if skips:
             optimizer.found_inf = bad
@@ -200,7 +203,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
         optimizer.zero_grad(set_to_none=True)
         if norms:
             norms = {f"train/update_norm{'' if name == 'all' else '_' + name}": float(norm) for name, norm in norms.items()}
-            run.metrics.log(event="update_norm", epoch=epoch, **{"train/step": epoch * n_updates + step}, **norms)
+            run.metrics.log(event="update_norm", epoch=epoch, **{"train/step": earlier + step}, **norms)
         if run.average is not None:
             run.average.update(run.model, position.global_step + log.pending - 1)
         if hasattr(run.model.base_causallm, "after_update"):  # buffers that follow what an update has seen
@@ -223,6 +226,23 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     ahead.close()
     log.close()
     return position.step == n_updates
+
+
+def numbers_of_epoch(run, epoch: int) -> np.ndarray:
+    """The rows of an epoch: all; with `level_epochs` [a, b, ..] only those of level 0 up to epoch a, of 0 and 1 up to b, ..."""
+    if not run.config.level_epochs:
+        return np.arange(len(run.train))
+    reached = sum(epoch >= last for last in run.config.level_epochs)
+    numbers = np.flatnonzero(run.train.level <= reached)
+    if not len(numbers):
+        raise ValueError(f"level_epochs: {run.config.train_path} has no row of level {reached} or below, for epoch {epoch + 1}")
+    return numbers
+
+
+def updates_of_epoch(run, epoch: int) -> int:
+    """How many updates an epoch has."""
+    batches = math.ceil(len(numbers_of_epoch(run, epoch)) / run.config.batch_size_training)
+    return math.ceil(batches / run.micro_batches_per_update)
 
 
 def micro_batches(groups: list, steps: range, world):
@@ -264,9 +284,12 @@ def clip_gradients(model, limit: float | None) -> torch.Tensor:
 class Updates:
     """What the updates of one epoch report: held on the device until `flush`, then counted, checked, shown and logged."""
 
-    def __init__(self, run, rows, position: Position, stage: int, n_latents: int, n_batches: int, per_update: int):
+    def __init__(
+        self, run, rows, position: Position, stage: int, n_latents: int, n_batches: int, per_update: int, earlier: int
+    ):
         self.run, self.rows, self.position, self.stage, self.n_latents = run, rows, position, stage, n_latents
         self.n_batches, self.per_update, self.n_updates = n_batches, per_update, math.ceil(n_batches / per_update)
+        self.earlier = earlier  # updates of the epochs before
         self.lengths, self.multiple = rows.lengths(), PREFIX_MULTIPLE if run.model.compiled else 1
         main, epochs = run.world.is_main, run.config.num_epochs
         self.bar = Progress(self.n_updates, position.step, position.epoch, epochs, n_batches, enabled=main)
@@ -292,12 +315,12 @@ class Updates:
             mean_loss = loss_sum / sum(tokens)
             if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
                 stop_on_nonfinite(run, self.rows, group, epoch, step, mean_loss, grad_norm)
-            run.alarms.update(epoch * self.n_updates + step, mean_loss, grad_norm)
+            run.alarms.update(self.earlier + step, mean_loss, grad_norm)
             position.count(loss_sum, sum(tokens))
             self.bar.update(step, min((step + 1) * self.per_update, self.n_batches) - 1, mean_loss)
             run.metrics.log(
                 event="step", epoch=epoch, stage=self.stage, lr=rate, rows=f"{zlib.crc32(np.concatenate(group).tobytes()):08x}",
-                **{"train/epoch": epoch + 1, "train/step": epoch * self.n_updates + step,
+                **{"train/epoch": epoch + 1, "train/step": self.earlier + step,
                    "train/loss": mean_loss, "train/grad_norm": grad_norm},
             )  # fmt: skip
             for numbers, labelled in zip(group, tokens):

@@ -12,7 +12,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -82,6 +82,8 @@ class Config(BaseModel):
     uniform_range: Literal["steps", "stage"] = "steps"
     latents_follow_steps: bool = False
     latent_norm: Literal["none", "match_embedding"] = "none"
+
+    level_epochs: list[Annotated[int, Field(ge=1)]] | None = None
 
     # batches
     effective_batch_size: int | None = Field(None, ge=1)
