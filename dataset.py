@@ -29,9 +29,11 @@ import torch
 HOW_TO_MAKE = {
     "prosqa": "python data/prosqa.py --out {folder}",
     "quickstart": "bash scripts/quickstart.sh",
-    "gsm": "python data/gsm.py (or bash scripts/get_gsm8k.sh)",
-    "prontoqa": "python data/prontoqa.py",
+    "gsm": "bash scripts/get_gsm8k.sh --out {folder} (python data/gsm.py --raw FOLDER converts files that you have)",
+    "arith_gsm": "python data/arithmetic.py --out {folder}",
+    "prontoqa": "python data/prontoqa.py --generate --out {folder} (or --raw 5hop_0shot_random.json, the published generator's)",
     "ood": "python data/ood.py (--preset quickstart for the small ones)",
+    "phase1": "python data/phase1.py --out {folder}",
     "cot": "python data/cot.py --output {folder}/cot.json --val_output {folder}/cot_val.json",
 }
 

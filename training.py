@@ -131,11 +131,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     config, world, epoch, watch = run.config, run.world, position.epoch, run.meter.watch
     stage = config.stage(epoch)
     rows = run.rows(get_cot_latent_dataset, stage, run.train, epoch=epoch)
-    lengths, numbers = rows.lengths(), numbers_of_epoch(run, epoch)
-    batches = epoch_batches(
-        len(numbers), config.batch_size_training, config.seed, epoch, lengths.of(numbers) if config.group_by_length else None
-    )
-    batches = [numbers[batch] for batch in batches]
+    lengths, batches = rows.lengths(), batches_of_epoch(run, epoch, rows)
     parallel, per_update = run.parallel, run.micro_batches_per_update
     skips = can_skip(optimizer) and not parallel.sharded
     watched = config.optimizer in WITH_MUON  # whose steps the clipping of gradients does not bound
@@ -239,8 +235,23 @@ def numbers_of_epoch(run, epoch: int) -> np.ndarray:
     return numbers
 
 
+def batches_of_epoch(run, epoch: int, rows: StageDataset) -> list[np.ndarray]:
+    """The row numbers of an epoch's batches; with `steps_per_epoch` of as many passes over the rows as it takes, or a part."""
+    config, numbers = run.config, numbers_of_epoch(run, epoch)
+    lengths = rows.lengths(numbers) if config.group_by_length else None
+    most = config.steps_per_epoch and config.steps_per_epoch * run.micro_batches_per_update
+    batches: list[np.ndarray] = []
+    while not batches or (most and len(batches) < most):
+        seed = config.seed if not batches else micro_seed(config.seed, epoch, len(batches))
+        of_pass = epoch_batches(len(numbers), config.batch_size_training, seed, epoch, lengths)
+        batches += [numbers[batch] for batch in of_pass]
+    return batches[:most]
+
+
 def updates_of_epoch(run, epoch: int) -> int:
     """How many updates an epoch has."""
+    if run.config.steps_per_epoch:
+        return run.config.steps_per_epoch
     batches = math.ceil(len(numbers_of_epoch(run, epoch)) / run.config.batch_size_training)
     return math.ceil(batches / run.micro_batches_per_update)
 

@@ -83,6 +83,7 @@ class Config(BaseModel):
     latents_follow_steps: bool = False
     latent_norm: Literal["none", "match_embedding"] = "none"
 
+    steps_per_epoch: int | None = Field(None, ge=1)
     level_epochs: list[Annotated[int, Field(ge=1)]] | None = None
 
     # batches

@@ -67,7 +67,8 @@ def own_options(model_id: str, tokenizer) -> dict:
     """What one of `NAMES` must know of its tokenizer; nothing for models that come with a config."""
     if model_id not in NAMES:
         return {}
-    return {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer)} | special
 
 
 def _own_config(model_id: str, size: str | None = None, **options):

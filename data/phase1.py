@@ -30,7 +30,7 @@ else:  # run as `python data/phase1.py`
 
 Row = dict
 VAL_FRACTION, SEED = 0.1, 42
-GENERATED, TEST_ROWS = 2000, 60  # rows that stand in for a data set; of --test
+GENERATED, TEST_ROWS = 2000, 40  # rows that stand in for a data set; of --test
 PRINTABLE = re.compile(r"[ -~\n]*")
 LEVELS = ("foundation", "reasoning", "advanced")
 

@@ -258,7 +258,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
     [
         ("data/prosqa_train.json", "python data/prosqa.py --out data"),
         ("data/quickstart/prosqa_train.json", "bash scripts/quickstart.sh"),
-        ("data/gsm_test.json", "python data/gsm.py"),
+        ("data/gsm_test.json", "bash scripts/get_gsm8k.sh --out data"),
         ("data/prontoqa_valid.json", "python data/prontoqa.py"),
     ],
 )
