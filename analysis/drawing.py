@@ -1,6 +1,6 @@
 """What all figures share: how a model looks, panels that state their n, and files that are the same bytes every time.
 
-    figure, panels = sheet(1, 2, "Corruption")
+    figure, panels = sheet(1, 2)
     curve(panels[0], "m3", x, [spread(levels) for levels in by_x])
     empty(panels[1], "m5", "python -m analysis.corruption --study results/quickstart --models m5")
     save(figure, Path("figures/3_corruption"))         # .svg and .png

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of a Markdown table with aligned columns; the first column is text, the others are set to the right."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    widths = [max(3, *(len(line[i]) for line in (head, *rows))) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))] for line in (head, *rows)

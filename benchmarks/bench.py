@@ -1,12 +1,12 @@
-"""The CPU benchmark: P1, P2, P4, P6, P7, the slow oracle, scaling and saving, as ratios taken side by side in one run.
+"""The CPU benchmark: steps, generation, padding, the start, several processes, backbones; ratios taken side by side in one run.
 
     bash scripts/bench.sh                      # benchmarks/cpu.json and cpu.md, about 35 minutes on 2 quiet cores
     bash scripts/bench.sh --quick --out DIR    # few rounds of the smallest shape: does it run
-    bash scripts/bench.sh --only P7            # P1 (with P2 and ref), P4, P6, P7, scaling or saving alone; may be repeated
+    bash scripts/bench.sh --only P7            # one of --help's measures alone; may be repeated
 
 Every ratio is the median of at least seven per-round ratios after a warm-up, with the 95 % interval of the median beside it;
 a target within that interval is a tie. Rows are the official ProsQA validation rows at the last stage, with six latents. What
-the measures mean is said in ratios.py, start_and_batches.py and processes.py; bench_gpu.py is the benchmark of a GPU.
+the measures mean is said in ratios.py, start_and_batches.py, processes.py and mechanisms.py. Of a GPU: bench_gpu.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 
 from . import processes, table
 from .material import ROOT, Material, Source, environment, generate_data
+from .mechanisms import measure_mechanisms
 from .ratios import Sizes, measure_generation, measure_steps
 from .start_and_batches import measure_batches, measure_padding, measure_start
 from .timing import about
@@ -35,7 +36,7 @@ SIZES = {
 QUICK = {
     "words 2x128": Sizes(4, 4, 2, rounds=2, slow_rounds=2, prompts=4, new_tokens=8, every=2, evaluated_tokens=4),
 }
-MEASURES = ("P1", "P4", "P6", "P7", "scaling", "saving")
+MEASURES = ("P1", "P4", "P6", "P7", "scaling", "saving", "mechanisms")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +87,8 @@ def measure(source: Source, sizes: dict[str, Sizes], measures, quick: bool):
                     yield processes.measure_saving(runner)
         if "P6" in measures:
             yield measure_padding(Material("GPT-2 2x64", source, CPU), source.rows_name, 32)
+        if "mechanisms" in measures:
+            yield measure_mechanisms(quick)
         if {"P6", "P7"} & {*measures}:
             generate_data(folder / "data", (300, 30, 30) if quick else (17886, 300, 500))
             training = replace(source, rows=folder / "data/prosqa_train.json", max_rows=None)

@@ -24,6 +24,10 @@ TARGETS: dict[str, dict] = {
         ("P7", "tokens cached"): ("<=", 8),
         "scaling": (">=", 85),
         "saving": ("<=", 5),
+        "MoD": ("<=", 1.0),
+        "memory": ("<=", 1.15),
+        "EMA": (">=", 5),
+        "halting": (">=", 1.0),
     },
     "gpu": {
         "P1": ("<=", 1.0),

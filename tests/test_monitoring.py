@@ -56,7 +56,7 @@ def test_validations_that_tell_nothing():
 LAHR = {
     "model_id": "lahr", "tokenizer": str(ROOT / "backbones/prosqa_words"), "max_new_tokens": 4, "num_epochs": 2,
     "model_config": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 256,
-                     "use_mod": True, "mod_capacity": 0.5},
+                     "use_mod": True, "mod_capacity": 0.5, "mod_threshold_decay": 0.5},
 }  # fmt: skip
 
 
