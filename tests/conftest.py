@@ -16,7 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a folder or nothing: no test may wait for 
 
 def pytest_collection_modifyitems(items) -> None:
     """The slowest files first, so that no worker is left with one of them at the end."""
-    slow = ["test_bench", "test_chaos", "test_study", "test_parallel", "test_remote", "test_run", "test_factorial", "test_compiled"]
+    slow = ["bench", "chaos", "study", "parallel", "remote", "run", "factorial", "compiled", "phase1"]
+    slow = [f"test_{name}" for name in slow]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
 
 
