@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from analysis.interventions import NOWHERE, Recorder
-from checkpoint import find_checkpoint, load_run, numbered_checkpoints
+from checkpoint import PHASE1_BEST, PHASE1_EPOCH, find_checkpoint, load_run, numbered_checkpoints
 from coconut import Coconut, Rollout, decoder_blocks
 from dataset import Lengths, MyCollator, TokenTable, evaluation_latents, get_dataset, load_rows
 from evaluate import evaluate
@@ -143,7 +143,7 @@ class Subject:
         path = find_epoch(Path(path), epoch)
         model, tokenizer, ids, config = load_run(path, **changes)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        number, repeat = re.fullmatch(r"checkpoint_(\d+)", path.name), re.search(r"-s(\d+)$", path.parent.name)
+        number, repeat = re.fullmatch(r"(?:checkpoint|epoch)_(\d+)(?:\.pt)?", path.name), re.search(r"-s(\d+)$", path.parent.name)
         repeat = int(repeat[1]) if repeat else 0
         label = config.model_key + (f"-s{repeat}" if repeat else "")
         size = batch_size or config.eval_batch_size or BATCH_SIZE.get(device, BATCH_SIZE_ELSEWHERE)
@@ -311,13 +311,17 @@ def find_epoch(path: Path, epoch: str = "final") -> Path:
     """The checkpoint file that a path and `final`, `best` or a number name; a file is itself."""
     if path.is_file() or not path.is_dir():
         return find_checkpoint(path)
-    numbers = numbered_checkpoints(path)
+    numbers, pattern = numbered_checkpoints(path), "checkpoint_{}"
+    if not numbers:  # checkpoint_format: phase1
+        numbers, pattern = numbered_checkpoints(path, PHASE1_EPOCH), "epoch_{}.pt"
+    if numbers and epoch == "best" and (path / PHASE1_BEST).is_file():
+        return path / PHASE1_BEST
     if not numbers:
         raise ValueError(f"checkpoint: {path} holds no checkpoint_N; train it first")
     number = numbers[-1] if epoch == "final" else best_epoch(path) if epoch == "best" else int(epoch)
     if number not in numbers:
         raise ValueError(f"epoch: {path} holds no checkpoint_{number}; it has {', '.join(map(str, numbers))}")
-    return path / f"checkpoint_{number}"
+    return path / pattern.format(number)
 
 
 def best_epoch(folder: Path) -> int:

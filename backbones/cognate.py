@@ -183,6 +183,9 @@ class CognateForCausalLM(CognatePreTrainedModel, GenerationMixin):
         n = real_BC.sum().clamp(min=1)
         gate = -config.gate_entropy_weight * (columns_BC["gate_entropy"] * real_BC).sum() / n
         halting = 0.0 * wide(columns_BC["halt_logits"]).sum()  # keeps the head in the graph of every rank, used or not
+        if not config.max_recursions:  # nor may ranks wait for gradients of a refiner that never runs
+            unused = (self.model.recursion.refiner, self.model.recursion.updater)
+            halting = halting + 0.0 * sum(p.sum() for module in unused for p in module.parameters())
         logits_BCR = wide(columns_BC["halt_logits"])[..., 1:]
         if config.use_act and config.max_recursions and config.act_loss == "ponder":
             halting = (divergence_from_prior(logits_BCR, config.ponder_prior) * real_BC).sum() / n

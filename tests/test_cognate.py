@@ -332,3 +332,11 @@ def test_gradient_checkpointing_acts_and_changes_nothing():
     close(*(loss for loss, _ in losses))
     close(*(gradient for _, gradient in losses))
     assert len(calls) == 2  # once forward, once more for the gradients
+
+
+def test_without_refinement_steps_every_parameter_still_has_a_gradient():
+    """Else processes that train together would wait for those of the refiner."""
+    model = cognate(max_recursions=0).train()
+    model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.abs().max() == 0 for p in model.model.recursion.refiner.parameters())

@@ -12,6 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 import run
+from analysis.subject import Subject
 from backbones.cognate import CognateForCausalLM
 from backbones.cognate_config import CognateConfig
 from checkpoint import load_run
@@ -74,6 +75,11 @@ def test_best_model_is_the_best_epoch(trained):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.allclose(folder(ids).logits, model.base_causallm(ids).logits, atol=1e-6)
+
+
+def test_analyses_find_its_files(trained):
+    assert Subject.load(trained).path.name == "epoch_3.pt" and Subject.load(trained).epoch == 3
+    assert Subject.load(trained, "2").epoch == 2 and Subject.load(trained, "best").path.name == "best_model.pt"
 
 
 def test_best_model_can_be_a_model_id(trained, make):
