@@ -1,4 +1,4 @@
-"""What the passes over one batch share: keys and values that are appended to in place, and the mask of the padding.
+"""What the passes over one batch share: keys and values that are appended to in place, and the mask of padding and windows.
 
     cache = append_cache(model.config, capacity=T)      # hand it to any causal LM as past_key_values; autograd accepts it
 
@@ -10,23 +10,30 @@ saved for their backward stay right. Gradients of the views are added up from th
 Shape letters: B rows, H key/value heads, C columns of one pass, P columns before it, d width of a head.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def append_cache(config, capacity: int, n_layers: int = 0) -> DynamicCache:
     """An empty cache for a causal LM's config. `capacity` columns fit without moving anything; more are allowed.
 
-    Layers that the library keeps in another form (sliding windows, recurrent states) stay what they are there. `n_layers`:
-    at least so many; a backbone may keep more than its blocks do.
+    Layers with a sliding window keep all columns, too: the mask says which ones a token sees. Layers that the library keeps in
+    another form (chunks, recurrent states) stay what they are there. `n_layers`: at least so many; a backbone may keep more
+    than its blocks do.
     """
-    cache = DynamicCache(config=config)
-    cache.layers = [AppendLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = _cache(config, lambda: AppendLayer(capacity))
     cache.layers += [AppendLayer(capacity) for _ in range(n_layers - len(cache.layers))]
     return cache
+
+
+def concatenating_cache(config) -> DynamicCache:
+    """`append_cache` as the library writes it, a new tensor a pass: what compiled passes can be trained through."""
+    return _cache(config, DynamicLayer)
 
 
 def no_cache(config) -> DynamicCache:
@@ -34,9 +41,24 @@ def no_cache(config) -> DynamicCache:
 
     Without any cache the library looks for packed sequences in the positions, which waits for the device.
     """
+    return _cache(config, _KeepNothing)
+
+
+def _cache(config, make: Callable[[], DynamicLayer]) -> DynamicCache:
+    """The library's cache, with layers of another kind for all that keep keys and values by column."""
     cache = DynamicCache(config=config)
-    cache.layers = [_KeepNothing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    windows = _windows(config, cache)
+    cache.layers = [
+        make() if type(layer) is DynamicLayer or window is not None else layer for layer, window in zip(cache.layers, windows)
+    ]
     return cache
+
+
+def _windows(config, cache: DynamicCache) -> list[int | None]:
+    """How many positions a token sees in each layer of the library's cache, its own included; None: all, or no saying."""
+    known = type(config).__module__.startswith("transformers.") and config._attn_implementation in ("sdpa", "eager")
+    known = known and not getattr(config, "attention_chunk_size", None)  # chunks are cached alike and masked otherwise
+    return [layer.sliding_window if known and type(layer) is DynamicSlidingWindowLayer else None for layer in cache.layers]
 
 
 class _KeepNothing(DynamicLayer):
@@ -185,46 +207,71 @@ def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
 
 # ---------------------------------------------------------------- masks
 
+Mask = Tensor | dict[str, Tensor] | None
 
-def visible(model, mask_BT: Tensor | None, start: int = 0) -> Tensor | None:
+
+def visible(model, mask_BT: Tensor | None, start: int = 0) -> Mask:
     """What a causal LM is to be given as mask for columns `start` .. T-1, of which `mask_BT` says which are real.
 
     An additive mask [B, 1, T - start, T] where the model takes one as it is: it is made once for all passes, and no pass
-    looks at values on the way, which would wait for the device. Else, and for other attentions, `mask_BT`.
+    looks at values on the way, which would wait for the device. One for each kind of layer where some have a sliding window:
+    these count positions, whatever padding lies between. Else, and for other attentions, `mask_BT`.
     """
     if mask_BT is None or not takes_bias(model):
         return mask_BT
-    embeds = model.get_input_embeddings().weight
-    return attention_bias(mask_BT, start, compute_dtype(embeds))
+    dtype = compute_dtype(model.get_input_embeddings().weight)
+    windows = _windows(model.config, DynamicCache(config=model.config))
+    by_window = {window: attention_bias(mask_BT, start, dtype, window) for window in set(windows)}
+    if len(by_window) == 1:
+        return by_window[windows[0]]
+    return {kind: by_window[window] for kind, window in zip(model.config.layer_types, windows)}
 
 
-def visible_to(seen: Tensor | None, start: int, stop: int) -> Tensor | None:
+def visible_to(seen: Mask, start: int, stop: int) -> Mask:
     """The part of `visible(model, mask_BT)` for the columns of one pass."""
     if seen is None:
         return None
+    if isinstance(seen, dict):
+        return {kind: visible_to(mask, start, stop) for kind, mask in seen.items()}
     return seen[:, :stop] if seen.ndim == 2 else seen[:, :, start:stop, :stop]
 
 
+def cloned(mask: Mask) -> Mask:
+    """The same in memory of its own."""
+    if isinstance(mask, dict):
+        return {kind: cloned(part) for kind, part in mask.items()}
+    return None if mask is None else mask.clone()
+
+
 def takes_bias(model) -> bool:
-    """Whether a causal LM takes an additive mask [B, 1, C, T] as it is: the library's own models with plain SDPA."""
-    config = model.config
+    """Whether a causal LM takes an additive mask [B, 1, C, T] as it is: the library's own models with plain SDPA.
+
+    Those with sliding windows do so with eager attention, too (gpt-oss has no other).
+    """
+    config, cache = model.config, DynamicCache(config=model.config)
+    windows = _windows(config, cache)
     return (
         type(model).__module__.startswith("transformers.")
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in (("sdpa", "eager") if any(windows) else ("sdpa",))
         and not getattr(config, "alibi", False)
-        and appends_only(append_cache(config, 1))
+        and all(type(layer) is DynamicLayer or window is not None for layer, window in zip(cache.layers, windows))
     )
 
 
-def attention_bias(mask_BT: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+def attention_bias(mask_BT: Tensor, start: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """The additive mask [B, 1, T - start, T] of columns `start` .. T-1: 0 where a column is real and not later, else -inf.
 
-    Every column sees itself, so that no row of padding is without any (which would be NaN).
+    With a `window` also -inf from so many real columns back on. Every column sees itself, so that no row of padding is
+    without any (which would be NaN).
     """
     n_columns = mask_BT.shape[1]
     column_T = torch.arange(n_columns, device=mask_BT.device)
     row_C = column_T[start:, None]
-    seen_BCT = (mask_BT.bool()[:, None] & (column_T <= row_C)) | (column_T == row_C)
+    seen_BCT = mask_BT.bool()[:, None] & (column_T <= row_C)
+    if window is not None:
+        count_BT = mask_BT.cumsum(1)
+        seen_BCT &= count_BT[:, start:, None] * 0 + 1 - count_BT[:, None] < window
+    seen_BCT |= column_T == row_C
     bias = torch.zeros((), dtype=dtype, device=mask_BT.device)
     return torch.where(seen_BCT, bias, float("-inf"))[:, None]
 

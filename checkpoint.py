@@ -18,6 +18,7 @@ import transformers
 
 import backbones
 from coconut import FEEDBACK_MODES, Coconut
+from lora import has_adapters, merged_weights
 from utils import PAUSE_MODES, Config, check_config, read_json, whole_file
 
 MODE_OF_ID = {cls.mode_id: name for name, cls in FEEDBACK_MODES.items() if cls.mode_id is not None}
@@ -95,7 +96,8 @@ def stored_model(model: Coconut) -> torch.nn.Module:
 
 def stored_weights(model: Coconut) -> dict[str, torch.Tensor]:
     """What a checkpoint file of this model holds, as copies on the CPU in which tied tensors stay one storage."""
-    return on_cpu(stored_model(model).state_dict())
+    module = stored_model(model)
+    return merged_weights(module) if has_adapters(module) else on_cpu(module.state_dict())
 
 
 def on_cpu(value, copies: dict | None = None):

@@ -20,10 +20,10 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import generation
-from attention import append_cache, no_cache, visible, visible_to
+from attention import append_cache, cloned, concatenating_cache, no_cache, visible, visible_to
 from passes import Pass, Plan, plan_passes
 from taps import checkpoints_activations, decoder_blocks, edited, refuse_scaled_logits, tapped
 
@@ -218,7 +218,7 @@ class Coconut(nn.Module):
         compiled = self.compiled and self.training
         if len(plan.passes) > 1 and cache is None:
             config = self.base_causallm.config
-            cache = DynamicCache(config=config) if compiled else append_cache(config, n_columns)
+            cache = concatenating_cache(config) if compiled else append_cache(config, n_columns)
         told = plan.left_padded or compiled or getattr(self.base_causallm, "needs_mask", False)
         seen = visible(self.base_causallm, attention_mask if told else None)
         positions_BT = self._positions(plan, input_ids, attention_mask, position_ids, compiled)
@@ -298,7 +298,7 @@ class Coconut(nn.Module):
             if self.compiled and (edit is not None or not self.training):
                 hooks.enter_context(torch.compiler.set_stance("force_eager"))
             elif self.compiled:  # code is made anew for other strides
-                mask, positions_BC = (None if x is None else x.clone() for x in (mask, positions_BC))
+                mask, positions_BC = cloned(mask), cloned(positions_BC)
             if edit is not None:
                 x_BCD = edited(edit, 0, pass_, x_BCD)
                 for layer in getattr(edit, "layers", ()):

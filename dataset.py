@@ -4,8 +4,9 @@ A row of one stage (Coconut arXiv 2412.06769, section 3; labels are -100 up to a
 
     question \\n | <|start-latent|> latents <|end-latent|> | kept steps, each \\n | ### answer <eos>
 
-Stage s drops the first s steps and inserts s * c_thought latents. A file is tokenised once, through the `datasets` cache;
-the batches of a stage are cut from flat token arrays when they are asked for (in which order: batches.py).
+Stage s drops the first s steps and inserts s * c_thought latents. With `icot` (stepwise internalisation, arXiv 2405.14838)
+stage s drops the first s tokens of the steps, a few more by chance, and inserts nothing. A file is tokenised once, through the
+`datasets` cache; the batches of a stage are cut from flat token arrays when they are asked for (in which order: batches.py).
 
     rows = get_cot_latent_dataset(stage, TokenTable(get_dataset(path, tokenizer)), config, *ids)
     batch = rows.batch([5, 0, 7], tokenizer.pad_token_id)
@@ -252,6 +253,18 @@ def drawn_stage(n_steps: int, stage: int, configs, epoch: int, idx: int) -> int:
     return draw.randint(0, most) if draw.random() < configs.uniform_prob else stage
 
 
+def removed_tokens(n_rows: int, stage: int, configs, epoch: int) -> np.ndarray:
+    """Tokens that `icot` removes from the front of each row's steps, where there are so many; int64 [rows].
+
+    `stage` tokens and o more, with p(o) proportional to exp(-icot_smoothing_lambda * o); from `icot_remove_all_beyond` on
+    all. A row's o depends on (seed, epoch, row) alone.
+    """
+    if stage >= configs.icot_remove_all_beyond:
+        return np.full(n_rows, np.iinfo(np.int32).max)
+    uniform = np.random.default_rng((configs.seed, epoch)).random(n_rows)
+    return stage + np.floor(-np.log1p(-uniform) / configs.icot_smoothing_lambda).astype(np.int64)
+
+
 class Lengths(NamedTuple):
     """Per row, int64 [rows]: question and start marker, all columns, labelled positions, latents."""
 
@@ -271,17 +284,24 @@ class StageDataset(torch.utils.data.Dataset):
     def __init__(self, stage, base, configs, start_id, latent_id, end_id, no_special_marker, training, epoch=0):
         self.table = base if isinstance(base, TokenTable) else TokenTable(base)
         self.stage, self.configs, self.training, self.epoch = stage, configs, training, epoch
-        self.latent_id = latent_id
+        self.latent_id, self.icot = latent_id, getattr(configs, "icot", False)
         self.markers = ([], []) if no_special_marker else ([start_id], [end_id])
 
     def __len__(self) -> int:
         return len(self.table)
 
     @cached_property
+    def removed(self) -> np.ndarray:
+        """Tokens removed from the front of the steps that are kept, int64 [rows]."""
+        return removed_tokens(len(self), self.stage, self.configs, self.epoch) if self.icot else np.zeros(len(self), np.int64)
+
+    @cached_property
     def plans(self) -> np.ndarray:
         """Steps dropped and latents of every row, int64 [2, rows]."""
         n_steps, stage = self.table.n_steps(np.arange(len(self))), self.stage
-        if not self.training:
+        if self.icot:
+            drop, latents = np.zeros_like(n_steps), 0
+        elif not self.training:
             drop, latents = n_steps, evaluation_latents(n_steps, stage, self.configs)
         else:
             if self.configs.uniform_prob > 0:
@@ -294,7 +314,7 @@ class StageDataset(torch.utils.data.Dataset):
         """Row i: question, markers and latents, and in training the steps kept and the answer."""
         (drop, n_latents), (start, end) = self.plans[:, i].tolist(), self.markers
         prompt = [self.table.question[i], np.array([*start, *[self.latent_id] * n_latents, *end], dtype=np.int64)]
-        return [*prompt, self.table.steps(i, drop), self.table.answer[i]] if self.training else prompt
+        return [*prompt, self.table.steps(i, drop)[self.removed[i] :], self.table.answer[i]] if self.training else prompt
 
     def __getitem__(self, i: int) -> dict:
         question, middle, *text = self.pieces(i)
@@ -312,7 +332,7 @@ class StageDataset(torch.utils.data.Dataset):
         prefix, text = self.table.question.length(rows) + start, np.zeros_like(rows)
         if self.training:
             first, last = self.table.steps_span(rows, drop)
-            text = last - first + self.table.answer.length(rows)
+            text = np.maximum(last - first - self.removed[rows], 0) + self.table.answer.length(rows)
         return Lengths(prefix, prefix + latents + end + text, text, latents)
 
     def batch(

@@ -56,7 +56,7 @@ class Decoding:
     """Rows that share a cache and take a step together. Each has a newest token, which is not fed yet.
 
     Rows stand at different positions. They may leave (`select`) and others join (`join`) where the cache is of the kind
-    that `append_cache` makes (`movable`); sliding windows count columns, so there a batch stays what it is.
+    that `append_cache` makes (`movable`). Sliding windows that are not masked here count columns: such a batch stays as it is.
     """
 
     model: object
@@ -87,7 +87,7 @@ class Decoding:
 
         `room`: columns to have space for behind the prompts if more than `max_new_tokens`. Returns (Decoding, the prompts'
         Rollout). Raises ValueError where a prompt is longer than the model's positions, or padded on the right of a
-        sliding window.
+        sliding window that counts columns.
         """
         device, (B, T) = model.embedding.weight.device, input_ids.shape
         mask_BT = torch.ones(B, T, dtype=torch.long) if attention_mask is None else attention_mask.cpu()
@@ -112,8 +112,9 @@ class Decoding:
         cache = append_cache(model.base_causallm.config, T + max(max_new_tokens, room))
         if not (appends_only(cache) or ends_together):
             raise ValueError(
-                "layers with a sliding window count columns, so prompts must end in one: decode rows with one number of "
-                "latents at a time, padded with MyCollator(tokenizer, latent_id, left=True)"
+                "layers with a sliding window count columns under this attention (not under sdpa and eager), so prompts must "
+                "end in one: decode rows with one number of latents at a time, padded with MyCollator(tokenizer, latent_id, "
+                "left=True)"
             )
         prompts = model.rollout(input_ids, mask_BT, position_ids, plan=plan, cache=cache, edit=edit)
         state_BD = prompts.hidden_BTD[torch.arange(B, device=device), last_B]

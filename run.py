@@ -23,11 +23,12 @@ import yaml
 import backbones
 from accounting import Shape, peak_flops
 from averaging import WeightAverage
-from checkpoint import build_model, find_checkpoint
+from checkpoint import build_model, find_checkpoint, versions
 from coconut import Coconut, decoder_blocks
 from compiled import compile_passes, forget_trials, uncompile
 from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
 from evaluate import validate, wants_two_choice
+from lora import add_adapters
 from microbatch import candidates, largest_micro_batch
 from monitoring import Alarms
 from parallel import Alone, make_parallel
@@ -38,7 +39,7 @@ from run_folder import Position, RunFolder, is_snapshot, read_snapshot
 from saving import Saver, announce_disk_need
 from stopping import DONE, MISTAKE, NOT_FINITE, REQUEUE, Stopped, StopSignals
 from training import host_batch, on_device, train, update_size
-from utils import Config, NoRoom, load_config, set_seed
+from utils import Config, NoRoom, load_config, set_seed, write_json
 from world import World, process_group
 
 
@@ -157,16 +158,26 @@ def execute(config: Config, world: World, stop: StopSignals | None = None) -> No
     if report is not None:
         print(report, flush=True)
     print(f"Running FSDP on rank = {world.rank}, world size = {world.size}", flush=True)
+    if config.bf16 == "pure":
+        model.to(torch.bfloat16)
+    if config.lora and not config.only_eval:
+        world.print(add_adapters(model, config.lora, [i for i in ids if i is not None], config.seed))
+        if resumed:
+            restore(model)
     world.print(model)
     if config.parallel == "ddp" or config.only_eval:  # shards move to their devices one by one
-        model.to(world.device, torch.bfloat16 if config.bf16 == "pure" else None)
+        model.to(world.device)
     run = Run(config, world, folder, model, tokenizer, ids, val_rows, tables["val_path"], tables.get("train_path"))
     run.stop = stop or run.stop
     check_lengths(run)
     speed_up(run)
 
     if config.only_eval:
-        validate(run, config.resume, f"eval_{Path(config.val_path).stem}.jsonl")
+        name = f"eval_{Path(config.val_path).stem}"
+        summary = validate(run, config.resume, f"{name}.jsonl")
+        if world.is_main:  # what was evaluated: the records alone do not say
+            about = {"checkpoint": source[0] and str(source[0]), "config": config.model_dump(), "versions": versions()}
+            write_json(config.run_dir / f"{name}.json", about | {"data": facts["val_path"], "summary": summary})
         return
     config = run.config
     run.micro_batches_per_update = update_size(config, world, before if resumed else None, position)
@@ -242,7 +253,7 @@ def choose_micro_batch(run: Run) -> int:
     numbers = longest.lengths().total.argsort()[::-1]
 
     def step(n: int) -> None:
-        reserved = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)]  # what AdamW will keep
+        reserved = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2) if p.requires_grad]  # AdamW's
         batch = on_device(host_batch(run, longest, numbers.repeat(n)[:n] if len(numbers) < n else numbers[:n]), world.device)
         with run.precision():
             run.model(**batch).loss.backward()
@@ -272,18 +283,29 @@ def find_start(config: Config, world: World, folder: RunFolder):
         print(f"Loading from previous run epoch_{position.epoch}!", flush=True)
         if is_snapshot(path):
             weights, restore = read_snapshot(path, config.parallel == "fsdp2")
-            return True, position, (None if weights is None else path, weights), restore
+            source = (given_weights(config, world), None) if config.lora else (None if weights is None else path, weights)
+            return True, position, source, restore
+        if config.lora:
+            raise ValueError(
+                f"lora: {path} holds merged weights, and there is no readable last_state with the updates beside it; give this "
+                f"run another name and load_model_path: {path}"
+            )
         if config.reset_optimizer is not True:
             world.print(f"Warning: no optimizer state beside {path.name}; the optimizer starts fresh")
         return True, position, (path, None), None
-    path = None
-    if config.load_model_path is not None:
-        path = Path(world.from_main(str(find_checkpoint(config.load_model_path)) if world.is_main else None))
+    path = given_weights(config, world)
     if config.resume:
         if path is None:
             print(f"Warning: you want to skip the first {config.resume} but you are not loading any existing checkpoint!")
         print(f"Loading from {path} and skip the first {config.resume} epochs", flush=True)
     return False, Position(epoch=config.resume), (path, None), None
+
+
+def given_weights(config: Config, world: World) -> Path | None:
+    """The file that `load_model_path` names."""
+    if config.load_model_path is None:
+        return None
+    return Path(world.from_main(str(find_checkpoint(config.load_model_path)) if world.is_main else None))
 
 
 def load_data(config: Config, world: World) -> tuple[list[dict], dict[str, TokenTable], dict[str, dict]]:

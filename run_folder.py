@@ -35,6 +35,7 @@ from checkpoint import (
     versions,
 )
 from coconut import Coconut
+from lora import fingerprint, has_adapters, load_trained, trained
 from utils import Config, read_json, read_jsonl, remove, whole_file, write_json
 
 SHARDED = re.compile(r"sharded_(\d+)")
@@ -131,7 +132,7 @@ class RunFolder:
         defaults = {key: f.get_default(call_default_factory=True) for key, f in Config.model_fields.items()}
         differing = [key for key in now if before.get(key, defaults[key]) != now[key]]
         identity = ("coconut", "cot", "no_thoughts", "no_cot", "feedback_mode", "model_id", "c_thought", "from_scratch")
-        identity += ("model_options", "tokenizer")
+        identity += ("model_options", "tokenizer", "lora", "icot")
         fatal = [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key in identity]
         if fatal:
             raise ValueError(f"{self.path} holds another run ({'; '.join(fatal)}); give this one another name or save_path")
@@ -268,8 +269,15 @@ def read_state(path: Path) -> dict:
 
 
 def training_state(model: Coconut, optimizer, average=None) -> dict:
-    """Copies on the CPU of weights, optimizer state and the weights' average, which training can then go on changing."""
-    state = {"model": stored_model(model).state_dict(), "optimizer": optimizer.state_dict()}
+    """Copies on the CPU of weights, optimizer state and the weights' average, which training can then go on changing.
+
+    With LoRA only what is trained, and `base`, by which the frozen weights are known again.
+    """
+    module = stored_model(model)
+    weights = (
+        {"model": trained(module), "base": fingerprint(module)} if has_adapters(module) else {"model": module.state_dict()}
+    )
+    state = weights | {"optimizer": optimizer.state_dict()}
     return on_cpu(state | ({"average": average.state(model)} if average else {}))
 
 
@@ -289,7 +297,8 @@ def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
     """(weights, restore) of a snapshot, by processes that hold whole parameters or sharded ones.
 
     `restore(model, optimizer, average)` gives the optimizer, the weights' average, or both their state back; all ranks call
-    it together. Weights are None where the parameters must be sharded before `sharding.load_shards` can fill them.
+    it together. With neither it gives a model with adapters theirs; these are no weights, which are None then, as they are
+    where the parameters must be sharded before `sharding.load_shards` can fill them.
     """
     if not path.is_dir() and not sharded:
         state = read_state(path)
@@ -299,8 +308,10 @@ def read_snapshot(path: Path, sharded: bool) -> tuple[dict | None, Callable]:
                 optimizer.load_state_dict(state["optimizer"])
             if average is not None and "average" in state:
                 average.load(model, state["average"])
+            if optimizer is None and average is None:
+                load_trained(stored_model(model), state["model"], state["base"])
 
-        return state["model"], restore
+        return None if "base" in state else state["model"], restore
     import sharding as shards
 
     if not path.is_dir():

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from functools import partial
 
 from checkpoint import stored_model, stored_weights
+from lora import OWN, has_adapters
 from run_folder import Position, RunFolder, training_state
 
 
@@ -106,7 +107,7 @@ class Saver:
             if self.writes:
                 self._one_file(optimizer, copy.copy(position))
             return
-        alone = alone and not self.average  # checkpoint_N holds the average then
+        alone = alone and not self.average and not self.config.lora  # checkpoint_N holds an average, or merged weights, then
         unconsolidated = self.parallel.sharded and not self.config.consolidate
         if not alone or self.config.save_only_improve or unconsolidated:
             self.snapshot(optimizer, position)
@@ -151,10 +152,11 @@ class Saver:
         if self.writes:
             self.writer.do(partial(self.folder.drop_snapshots, self.folder.resumed_from))
 
-    def best(self, epoch: int, accuracy: float, loss: float | None) -> None:
-        """Note the best epoch (its index), once its file is written."""
+    def best(self, epoch: int, accuracy: float, loss: float | None, **facts) -> None:
+        """Note the best epoch (its index), once its file is written. `facts`: what else best.json says of it."""
         if self.writes:
-            self.writer.do(partial(self.folder.note_best, {"epoch": epoch, "accuracy": accuracy}, loss, self.model))
+            record = {"epoch": epoch, "accuracy": accuracy} | facts
+            self.writer.do(partial(self.folder.note_best, record, loss, self.model))
 
     def weights(self) -> dict:
         """Copies of the whole weights on the CPU, under the names of a checkpoint file; on rank 0, empty elsewhere."""
@@ -212,14 +214,17 @@ class Saver:
 
 def disk_need(config, model, epochs_left: int) -> tuple[int, int]:
     """(bytes that a run's checkpoints will take, bytes of its snapshot and of one file being written beside them)."""
-    stored = {id(t): t.numel() * t.element_size() for t in stored_model(model).state_dict(keep_vars=True).values()}
+    module = stored_model(model)
+    tensors = module.state_dict(keep_vars=True)
+    stored = {id(t): t.numel() * t.element_size() for name, t in tensors.items() if not OWN.search(name)}
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     one = sum(stored.values())
     word, n = (config.keep.split() + ["1"])[:2]
     saves = epochs_left
     kept = {"all": saves, "best": 2, "last": int(n) + 1, "every": saves // int(n) + 2}[word]
     moments = {"sgd": 1, "mugrokfast": 3}.get(config.optimizer, 2)
-    snapshot = one * (1 + bool(config.weight_ema)) + moments * trained if config.save_training_state else 0
+    weights = trained if has_adapters(module) else one * (1 + bool(config.weight_ema))
+    snapshot = weights + moments * trained if config.save_training_state else 0
     return min(kept, saves) * one, 2 * snapshot
 
 

@@ -386,7 +386,8 @@ def finish_epoch(run, position: Position) -> None:
     if run.score(summary) > max(map(run.score, run.evaluated.values()), default=least):
         if config.save_only_improve:
             run.saver.checkpoint(position)
-        run.saver.best(epoch, accuracy, summary.get("eval/loss"))
+        facts = {"stage": summary["stage"], "gen_tokens": summary["eval/gen_tokens"]}
+        run.saver.best(epoch, accuracy, summary.get("eval/loss"), **facts)
     run.metrics.log(event="eval", epoch=epoch, **summary)
     run.metrics.check()
     run.evaluated[epoch] = summary

@@ -32,6 +32,17 @@ class NoRoom(ValueError):
     """A disk that is full or fails: nobody's mistake, and the same command goes on once there is room."""
 
 
+class Lora(BaseModel):
+    """Train low-rank updates of a frozen backbone, and rows of its own for each new token (lora.py)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, allow_inf_nan=False)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = "auto"
+
+
 class Config(BaseModel):
     """One run. The stock keys first, then the added ones; every key is a YAML key of the same name."""
 
@@ -78,10 +89,16 @@ class Config(BaseModel):
     compile: bool | Literal["always"] = False
     activation_checkpointing: bool = False
     latent_iterations: int | None = Field(None, ge=1)
+    lora: Lora | None = None
 
     uniform_range: Literal["steps", "stage"] = "steps"
     latents_follow_steps: bool = False
     latent_norm: Literal["none", "match_embedding"] = "none"
+
+    icot: bool = False
+    icot_remove_per_epoch: float = Field(8, gt=0)
+    icot_smoothing_lambda: float = Field(4, gt=0)
+    icot_remove_all_beyond: int = Field(39, ge=0)
 
     steps_per_epoch: int | None = Field(None, ge=1)
     level_epochs: list[Annotated[int, Field(ge=1)]] | None = None
@@ -188,10 +205,12 @@ class Config(BaseModel):
         if self.coconut:
             names = {"continuous": "m3", "frozen": "m4", "learned_shared": "m4b", "pause_curriculum": "m5"}
             return names[self.feedback_mode]
-        return "m1" if self.cot else "m2" if self.no_cot else "custom"
+        return "custom" if self.icot else "m1" if self.cot else "m2" if self.no_cot else "custom"
 
     def stage(self, epoch: int) -> int:
-        """The curriculum stage of an epoch (0-based); CoT and no-CoT have none."""
+        """The curriculum stage of an epoch (0-based); CoT and no-CoT have none. With `icot` the tokens scheduled for removal."""
+        if self.icot:
+            return min(int(self.icot_remove_per_epoch * epoch), self.icot_remove_all_beyond)
         return 0 if self.cot or self.no_cot else epoch // self.epochs_per_stage
 
 
@@ -257,7 +276,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
         config = Config(given)
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
-    flags = {key: str(given.get(key, False)).lower() in ("true", "yes", "on", "1") for key in METHOD_FLAGS}
+    flags = {key: _switched_on(given, key) for key in METHOD_FLAGS}
     if given.get("model_id") in OWN_BACKBONES:
         if not given.get("from_scratch"):
             problems.append(
@@ -266,6 +285,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
         if given.get("tokenizer") in (None, "", "None", "none", "null"):
             problems.append(f"tokenizer: missing; {given['model_id']} has none, name a hub id or folder (backbones/characters)")
     problems += _check_method(flags, given) + _check_mode(flags, given) + _check_speed(flags, given)
+    problems += _check_lora(given)
     if config is not None:
         if not config.only_eval and config.train_path is None:
             problems.append("train_path: missing (needed unless only_eval: True)")
@@ -281,13 +301,20 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
 
 def _explain(item: dict) -> str:
     key = {"model_options": "model_config"}.get(str(item["loc"][0]), str(item["loc"][0]))
+    fields = Config.model_fields
+    if key == "lora" and len(item["loc"]) > 1:
+        key, fields = f"lora.{item['loc'][1]}", {f"lora.{name}" for name in Lora.model_fields}
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, Config.model_fields, 1)
+        near = difflib.get_close_matches(key, fields, 1)
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{key}: missing"
     said = item["msg"].removeprefix("Value error, ")
     return f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r}"
+
+
+def _switched_on(given: dict, key: str) -> bool:
+    return str(given.get(key, False)).lower() in ("true", "yes", "on", "1")
 
 
 def _check_method(flags: dict[str, bool], given: dict) -> list[str]:
@@ -296,6 +323,8 @@ def _check_method(flags: dict[str, bool], given: dict) -> list[str]:
         return [f"method: give at least one of {', '.join(METHOD_FLAGS)}"]
     if not on and not all(key in given for key in METHOD_FLAGS):
         return [f"method: nothing is True; for pause-as-thought write all of {', '.join(METHOD_FLAGS)} as False"]
+    if _switched_on(given, "icot") and (on != ["cot"] or given.get("uniform_prob")):
+        return ["icot: shortens the chains of cot; set cot: True, no other method, and no uniform_prob"]
     if len(on) > 1 and set(on) != {"coconut", "no_thoughts"}:
         return [f"method: {' and '.join(on)} contradict each other; set one of them to True"]
     return []
@@ -342,6 +371,20 @@ def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
                 "bf16: pure cannot be combined with parallel: fsdp2; True keeps float32 master weights in the shards"
             )
     return problems
+
+
+def _check_lora(given: dict) -> list[str]:
+    if given.get("lora") is None:
+        return []
+    others = {
+        "parallel: fsdp2": given.get("parallel") == "fsdp2",
+        "checkpoint_format: phase1": given.get("checkpoint_format") == "phase1",
+        "compile": given.get("compile"),
+        "weight_ema": given.get("weight_ema") is not None,
+        "save_training_state: False": given.get("save_training_state") is False,  # checkpoint_N holds no adapters
+        f"model_id: {given.get('model_id')}": given.get("model_id") in OWN_BACKBONES,
+    }
+    return [f"lora: cannot be combined with {key}; leave one out" for key, found in others.items() if found]
 
 
 # ---------------------------------------------------------------- seeds

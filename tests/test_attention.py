@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAMILIES, build, collate, gradients, token_rows, wrap
-from transformers import DynamicCache, MistralConfig
+from tiny import FAMILIES, build, collate, gradients, token_rows, with_other_attention, wrap
+from transformers import DynamicCache, Llama4TextConfig, MistralConfig, MistralForCausalLM
 
 import coconut
 from attention import append_cache, appends_only, attention_bias, join_rows, select_rows, takes_bias
@@ -165,20 +165,31 @@ def test_rows_are_picked_and_joined_with_the_shorter_padded_on_the_left():
     close(keys[:, :, width:], new)
 
 
-def test_other_kinds_of_layers_stay_with_the_library():
+def test_windows_are_masked_here_and_other_kinds_of_layers_stay_with_the_library():
     config = MistralConfig(
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
-    assert not appends_only(append_cache(config, 4)) and appends_only(append_cache(build("llama").config, 4))
-    assert takes_bias(build("llama"))
-    from transformers import MistralForCausalLM
-
     model = MistralForCausalLM(config)
-    assert not takes_bias(model)
+    assert appends_only(append_cache(config, 4))
+    assert takes_bias(model) and takes_bias(build("llama"))
+    with_other_attention(model)
+    assert not appends_only(append_cache(config, 4)) and not takes_bias(model)
     eager = build("gpt2")
     eager.set_attn_implementation("eager")
-    assert not takes_bias(eager)
+    assert appends_only(append_cache(eager.config, 4)) and not takes_bias(eager)
+    chunks = Llama4TextConfig(num_hidden_layers=4, attn_implementation="sdpa")
+    kinds = {type(layer).__name__ for layer in append_cache(chunks, 4).layers}
+    assert kinds == {"AppendLayer", "DynamicSlidingWindowLayer"}
+
+
+def test_a_window_counts_real_columns():
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+    seen = (attention_bias(mask, 2, torch.float64, window=2)[:, 0] == 0).long().tolist()
+    assert seen == [
+        [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 0, 1]],  # column 3 is padding, and takes no place
+        [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]],
+    ]
 
 
 def test_bias_is_the_causal_mask_with_padding():

@@ -38,6 +38,7 @@ def table():
                 "steps_tokenized": [[text(1, 3) for _ in range((i + 3) % 7)] for i in range(70)],
                 "answer_tokenized": [[*text(1, 3), EOS] for _ in range(70)],
                 "merges": [False] * 70,
+                "level": [0] * 70,
             }
         )
     )

@@ -4,7 +4,7 @@ from collections import deque
 
 import pytest
 import torch
-from tiny import EOS, FAMILIES, build, collate, filled, pause_variants, token_rows, wrap
+from tiny import EOS, FAMILIES, build, collate, filled, pause_variants, token_rows, with_other_attention, wrap
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import generation
@@ -244,7 +244,7 @@ def test_states_behind_are_those_of_whole_passes(family):
 
 
 def sliding(vocab=60, positions=96):
-    """A model whose first layer sees all columns and whose others the last four."""
+    """A model whose first layer sees all columns and whose others the last five, with an attention that the library masks."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -254,7 +254,7 @@ def sliding(vocab=60, positions=96):
     base = AutoModelForCausalLM.from_config(config).double().eval()
     for parameter in base.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.4)
-    return base
+    return with_other_attention(base)
 
 
 def test_sliding_windows_decode_batch_by_batch(moves):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers"}
+MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers", "lora"}
 DATA = {"dataset", "batches"}
 CORE = (
     MODEL

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_attention import saved_bytes
-from tiny import FAMILIES, build, collate, gradients, pause_variants, token_rows, wrap
+from tiny import FAMILIES, build, collate, gradients, pause_variants, token_rows, with_other_attention, wrap
 from transformers import MistralConfig, MistralForCausalLM
 
 from coconut import decoder_blocks
@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_redone_is_refused():
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
-    model = wrap(MistralForCausalLM(config)).train()
+    model = wrap(with_other_attention(MistralForCausalLM(config))).train()
     recompute_blocks(decoder_blocks(model.base_causallm))
     with pytest.raises(ValueError, match="activation_checkpointing: layer 0 .* can't be done again"):
         model(**collate(token_rows([2, 2]), 4))

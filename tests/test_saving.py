@@ -118,7 +118,7 @@ def test_best_is_not_noted_for_a_checkpoint_that_was_not_written(a_run, monkeypa
         saver.epoch_done(optimizer, Position(2, 0, 20), alone=True)
         saver.writer.pending[-1].result()
     with pytest.raises(NoRoom, match="make room and start the same command again"):
-        saver.best({"file": "checkpoint_2", "epoch": 1, "accuracy": 1.0})
+        saver.best(1, 1.0, None)
     assert not (folder.path / "best.json").exists() and numbered_checkpoints(folder.path) == [1]
     assert saver.last_words(optimizer, Position(2, 0, 20)), "there is room again"
     assert numbered_checkpoints(folder.path) == [1, 2] and (folder.path / "state_2").is_file()
@@ -155,7 +155,7 @@ def test_what_each_policy_keeps(a_run, keep, kept):
     for n in range(2, 8):
         saver.epoch_done(optimizer, Position(n, 0, 10 * n), alone=True)
         if n == 3:
-            saver.best({"file": "checkpoint_3", "epoch": 2, "accuracy": 0.9})
+            saver.best(2, 0.9, None)
     saver.wait()
     assert numbered_checkpoints(folder.path) == kept
     assert sorted(int(p.name[6:]) for p in folder.path.glob("state_*")) == kept

@@ -8,9 +8,9 @@ model = wrap(base, "learned_shared")   # Coconut around a copy of it, in eval mo
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from coconut import Coconut
 
@@ -43,11 +43,11 @@ def build(name: str, vocab: int = 60, positions: int = 96, seed: int = 0, dtype=
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.4)
     if dtype == torch.float64:
-        _norms_in_float64(model)
+        norms_in_float64(model)
     return model.eval()
 
 
-def _norms_in_float64(model) -> None:
+def norms_in_float64(model) -> None:
     """Put torch's RMSNorm, with the same weight, in place of the library's.
 
     That one computes in float32 whatever the dtype: a difference of 1e-16 may flip a rounding and come out as 1e-5 in a
@@ -55,10 +55,18 @@ def _norms_in_float64(model) -> None:
     """
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if isinstance(norm, LlamaRMSNorm | Qwen2RMSNorm):
+            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
                 exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
                 exact.weight = norm.weight
                 setattr(parent, name, exact)
+
+
+def with_other_attention(model):
+    """The model with an attention of another name than the wrapper knows masks of; it computes what SDPA does."""
+    AttentionInterface.register("elsewhere", sdpa_attention_forward)
+    AttentionMaskInterface.register("elsewhere", sdpa_mask)
+    model.config._attn_implementation = "elsewhere"
+    return model
 
 
 def wrap(base, mode: str = "continuous", **options) -> Coconut:
@@ -112,7 +120,7 @@ def filled(model: Coconut, row: list[int]) -> torch.Tensor:
     """The embeddings [T, D] of one row, thoughts filled the slow way: a whole, uncached pass for each thought."""
     base = model.base_causallm
     embeds = list(base.get_input_embeddings()(torch.tensor(row)))
-    for column in (column for column, token in enumerate(row) if token == LATENT):
+    for column in (column for column, token in enumerate(row) if token == model.latent_token_id):
         if model.feedback_mode == "continuous":
             whole = base(inputs_embeds=torch.stack(embeds)[None], use_cache=False, output_hidden_states=True)
             embeds[column] = whole.hidden_states[-1][0, column - 1]
