@@ -270,7 +270,7 @@ def attention_bias(mask_BT: Tensor, start: int, dtype: torch.dtype, window: int 
     seen_BCT = mask_BT.bool()[:, None] & (column_T <= row_C)
     if window is not None:
         count_BT = mask_BT.cumsum(1)
-        seen_BCT &= count_BT[:, start:, None] * 0 + 1 - count_BT[:, None] < window
+        seen_BCT &= count_BT[:, start:, None] - count_BT[:, None] < window
     seen_BCT |= column_T == row_C
     bias = torch.zeros((), dtype=dtype, device=mask_BT.device)
     return torch.where(seen_BCT, bias, float("-inf"))[:, None]
