@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.ablation_plan import Plan, Point
-from analysis.drawing import MODELS, curve, legend, panel, rows_text, save, sheet, spread, styled
+from analysis.drawing import MODELS, curve, empty, panel, rows_text, save, sheet, spread, styled
 from analysis.eval_sets import no_room
 from analysis.stats import wilson
 from analysis.subject import Problems, Subject
@@ -19,6 +19,10 @@ from analysis.token_count import joined
 from utils import read_json, whole_file, write_json
 
 SCHEMA_VERSION = 1
+LEGEND = (
+    "k: thoughts forced at test. Cells: exact match in %, its 95 % interval (Wilson), / tokens generated, thoughts included. "
+    "*: more thoughts than at any time in training."
+)
 
 # ---------------------------------------------------------------- one training
 
@@ -55,7 +59,6 @@ def score(point: Point, counts: list[int], num_samples: int | None) -> dict:
         "schema_version": SCHEMA_VERSION,
         "label": point.label,
         "sweep": point.sweep,
-        "key": [key for key in point.overrides if point.overrides[key] == point.value and key in point.cell] or None,
         "value": point.value,
         "seed": point.seed,
         "checkpoint": {"file": str(subject.path), "sha256": subject.sha256, "epoch": subject.epoch},
@@ -64,7 +67,6 @@ def score(point: Point, counts: list[int], num_samples: int | None) -> dict:
         "asked": {"counts": counts, "num_samples": num_samples},
         "counts": forced_counts(subject, problems, counts),
     }
-    del result["key"]
     point.scores.parent.mkdir(parents=True, exist_ok=True)
     write_json(point.scores, result)
     return result
@@ -110,10 +112,7 @@ def text(result: dict) -> str:
             for run in runs
         ]
         parts += [f"## {name}: {sweep['base']}, tested on {sweep['test']}", "", table(head, rows)]
-    parts.append(
-        "k: thoughts forced at test. Cells: exact match in %, 95 % interval (Wilson), / tokens generated with thoughts; *: "
-    )
-    parts[-1] += "more thoughts than in training."
+    parts.append(LEGEND)
     if result["unfinished"]:
         parts += ["", f"Unfinished: {', '.join(result['unfinished'])}"]
     return "\n".join(parts) + "\n"
@@ -139,11 +138,12 @@ def figure(result: dict):
             curve(upper, model, x, [spread(_levels(runs, k)) for k in x], label)
             curve(lower, model, x, [spread(_levels(runs, k, "gen_tokens"), 1) for k in x], label)
         n = rows_text((run["data"]["n"] for runs in sweep["values"].values() for run in runs), _seeds(sweep))
-        panel(upper, f"Exact match by {sweep['key']}", n, "", "%", percent=True)
-        panel(lower, "Tokens generated, with thoughts", n, "thoughts forced at test")
+        panel(upper, f"Accuracy by {sweep['key']}", n, "", "exact match (%)", percent=True)
+        panel(lower, "Tokens generated, thoughts included", n, "thoughts forced at test", "tokens")
         upper.legend(fontsize=7)
     if not shown:
-        legend(made)
+        for axes in panels[:, 0]:
+            empty(axes, "Ablations", "nothing is scored yet\nbash scripts/ablations.sh")
     return made
 
 
