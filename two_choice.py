@@ -56,7 +56,10 @@ class Options:
 def _answers(tokenizer, names: tuple[str, ...], root: int, target: int, wrong: int) -> tuple[list[int], list[int], int]:
     """Pieces of the right and the wrong answer, and how many of them all answers about this person begin with."""
     answers = [tokenizer.encode(f"### {names[root]} is a {name}.", add_special_tokens=False) for name in names]
-    n_name = next(i for i, pieces in enumerate(zip(*answers)) if len(set(pieces)) > 1)
+    n_name = next((i for i, pieces in enumerate(zip(*answers)) if len(set(pieces)) > 1), None)
+    if n_name is None or answers[target] == answers[wrong]:
+        options = f"{names[target]} and {names[wrong]}"
+        raise ValueError(f"two_choice: {options} are the same tokens to this tokenizer; set two_choice: False")
     return answers[target], answers[wrong], n_name
 
 

@@ -28,6 +28,8 @@ TARGETS: dict[str, dict] = {
         "memory": ("<=", 1.15),
         "EMA": (">=", 5),
         "halting": (">=", 1.0),
+        "noise sweep": (">=", 10),
+        "branches": ("<=", 2),
     },
     "gpu": {
         "P1": ("<=", 1.0),
