@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from analysis.factorial_stats import BASELINE, CELLS
 from analysis.jobs import Job
+from analysis.settings_files import checked, explained, read_yaml
 from checkpoint import numbered_checkpoints
 from data import cot
 from utils import Config, load_config, read_json, read_jsonl, whole_file, write_json
@@ -109,15 +110,7 @@ def _known_cells(names: Sequence[str]) -> list[str]:
 
 def load_factorial(path: Path) -> FactorialConfig:
     """Read and check a study's YAML, and the config of every cell. ValueError with all problems in one line."""
-    if not path.is_file():
-        raise ValueError(f"factorial config {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text())
-        study = FactorialConfig(**(values if isinstance(values, dict) else {}))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_explained(error)}") from None
+    study = checked(FactorialConfig, read_yaml(path, "factorial config"), path)
     problems = [] if _plain(study.name) else [f"name: {study.name!r} must be a plain folder name"]
     for where, changes in {"overrides": study.overrides, "quick.overrides": study.quick.overrides}.items():
         if fixed := [key for key in FIXED if key in changes]:
@@ -132,7 +125,7 @@ def load_factorial(path: Path) -> FactorialConfig:
         Plan(study)
         Plan(study, quick=True)
     except ValidationError as error:
-        raise ValueError(f"{path}: quick.data: {_explained(error)}") from None
+        raise ValueError(f"{path}: quick.data: {explained(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return study
@@ -140,11 +133,6 @@ def load_factorial(path: Path) -> FactorialConfig:
 
 def _plain(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..")
-
-
-def _explained(error: ValidationError) -> str:
-    found = error.errors()
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in found)
 
 
 # ---------------------------------------------------------------- one training

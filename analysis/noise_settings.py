@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from analysis.noise_fits import in_order
 from analysis.noise_operators import DIRECTIONS, NOISE_TYPES, SCHEDULES, Noise
+from analysis.settings_files import checked, read_yaml
 
 STOCHASTIC = ("gaussian", "gaussian_scaled", "snr", "uniform", "orthogonal", "dropout")  # targeted across is orthogonal
 EVERY = (*((name, None) for name in STOCHASTIC), ("targeted", "same"), ("targeted", "opposite"))
@@ -162,23 +162,19 @@ def read_settings(argv: list[str], doc: str = "") -> Settings:
     """Settings of a command line. ValueError: one line with every problem."""
     given = vars(parser(doc).parse_args(argv))
     path = given.pop("config")
-    values, source = ({}, "command line") if path is None else (_yaml(path), str(path))
+    values, source = ({}, "command line") if path is None else (read_yaml(path), str(path))
     return check_settings(values | {name: value for name, value in given.items() if value is not None}, source)
 
 
 def asks_for_branches(argv: list[str]) -> bool:
     """Whether the YAML of a command line is about branches and votes: it has `num_branches`."""
     files = [Path(word) for word in argv if word.endswith((".yaml", ".yml"))]
-    return any("num_branches" in _yaml(path) for path in files[:1])
+    return any("num_branches" in read_yaml(path) for path in files[:1])
 
 
 def check_settings(values: dict, source: str) -> Settings:
     """Validated settings; `source` names them in the error."""
-    try:
-        settings = Settings(**{key: value for key, value in values.items() if value is not None})
-    except ValidationError as error:
-        problems = dict.fromkeys(_explain(item) for item in error.errors())
-        raise ValueError(f"{source}: " + "; ".join(problems)) from None
+    settings = checked(Settings, {key: value for key, value in values.items() if value is not None}, source)
     if (settings.checkpoint is None) == (settings.model is None):
         raise ValueError(f"{source}: give --checkpoint (a trained run) or --model (an untrained model), one of them")
     if settings.schedule not in SCHEDULES:
@@ -189,22 +185,3 @@ def check_settings(values: dict, source: str) -> Settings:
     if unknown:
         raise ValueError(f"{source}: Unknown noise_type {unknown[0]!r}; known: {', '.join(NOISE_TYPES)}, or all")
     return settings
-
-
-def _explain(item: dict) -> str:
-    key = str(item["loc"][0])
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r:.60}"
-
-
-def _yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines")
-    return values

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from analysis.jobs import Job
 from analysis.measure import EXPERIMENTS, experiment, flags
 from analysis.runs import LOG_STEMS
+from analysis.settings_files import checked, read_yaml
 from checkpoint import numbered_checkpoints, versions
 from utils import Config, load_config, read_jsonl, write_json
 
@@ -68,16 +68,7 @@ class StudyConfig(Strict):
 
 def load_study_config(path: Path) -> StudyConfig:
     """Read and check a study's YAML and every config that it names. ValueError with all problems in one line."""
-    if not path.is_file():
-        raise ValueError(f"study config {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text())
-        study = StudyConfig(**(values if isinstance(values, dict) else {}))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        found = (f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
-        raise ValueError(f"{path}: {'; '.join(found)}") from None
+    study = checked(StudyConfig, read_yaml(path, "study config"), path)
     if problems := [problem for key, member in study.models.items() for problem in _member_problems(key, member)]:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     if problems := _study_problems(study):

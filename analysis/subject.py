@@ -143,7 +143,10 @@ class Subject:
         path = find_epoch(Path(path), epoch)
         model, tokenizer, ids, config = load_run(path, **changes)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        number, repeat = re.fullmatch(r"(?:checkpoint|epoch)_(\d+)(?:\.pt)?", path.name), re.search(r"-s(\d+)$", path.parent.name)
+        number, repeat = (
+            re.fullmatch(r"(?:checkpoint|epoch)_(\d+)(?:\.pt)?", path.name),
+            re.search(r"-s(\d+)$", path.parent.name),
+        )
         repeat = int(repeat[1]) if repeat else 0
         label = config.model_key + (f"-s{repeat}" if repeat else "")
         size = batch_size or config.eval_batch_size or BATCH_SIZE.get(device, BATCH_SIZE_ELSEWHERE)

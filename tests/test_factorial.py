@@ -94,7 +94,7 @@ def test_false_is_false_and_unknown_keys_are_refused(tmp_path):
     config = next(m.config for m in plan.members if m.cell == "cot")
     assert config.coconut is False and config.cot is True
     for changes, words in (
-        ({"use_mod": True}, "use_mod: Extra inputs"),
+        ({"use_mod": True}, "use_mod: unknown key"),
         ({"futility_stop": "flase"}, "futility_stop"),
         ({"data": {"n_sample": 1}}, "data.n_sample"),
         ({"quick": {"data": {"n_sample": 1}}}, "quick.data: n_sample"),
