@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from analysis.factorial_plan import FIXED, ROOT, Member, as_yaml
 from analysis.jobs import Job
+from analysis.settings_files import checked, read_yaml
 from analysis.study_plan import Made
 from utils import load_config
 
@@ -65,16 +65,7 @@ class AblationConfig(Strict):
 
 def load_ablations(path: Path) -> AblationConfig:
     """Read and check a YAML and the config of every training. ValueError with all problems in one line."""
-    if not path.is_file():
-        raise ValueError(f"ablation config {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text())
-        found = AblationConfig(**(values if isinstance(values, dict) else {}))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        said = (f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
-        raise ValueError(f"{path}: {'; '.join(said)}") from None
+    found = checked(AblationConfig, read_yaml(path, "ablation config"), path)
     problems = []
     for name, sweep in found.sweeps.items():
         if Path(name).name != name or name in (".", ".."):

@@ -1,9 +1,10 @@
 """The ablations as users start them: the plan, a small one that goes on where it was, scores with forced thoughts, mistakes."""
 
+import io
 import json
 import os
 import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_plan_is_printed_and_nothing_trained(small_data, tmp_path, capsys):
     [
         ({"counts": [0, -1]}, "none below 0"),
         ({"sweeps": {}}, "sweeps: dictionary should have at least 1 item"),
-        ({"sweep": {}}, "sweep: extra inputs are not permitted"),
+        ({"sweep": {}}, "sweep: unknown key"),
         ({"quick": {"values": {"speed": [1]}}}, "speed' is no sweep|speed is no sweep"),
         ({"quick": {"overrides": {"seed": 3}}}, "quick.overrides.seed: is set by the sweeps"),
         ({"quick": {"overrides": {"lrate": 3}}}, "lrate: unknown key"),
@@ -98,22 +99,32 @@ def test_mistakes_in_the_command(small_data, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_the_script_hands_everything_on(tmp_path):
+    """Names with spaces and quotes arrive as they are."""
+    python = tmp_path / "says its arguments"
+    python.write_text("#!/usr/bin/env bash\nprintf '%s|' \"$@\"\n")
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts/ablations.sh"), 'it\'s "my own".yaml', "--processes", "2"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, check=True)
+    assert done.stdout == '-m|analysis.ablations|it\'s "my own".yaml|--processes|2|'
+
+
 # ---------------------------------------------------------------- a real one
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_data, own_cache) -> tuple[Path, Plan]:
-    """What the others start from and one sweep's training are made here, the other by the script, in processes."""
+    """What the others start from and one sweep's training are made here, the other by the driver, in a process."""
     folder = tmp_path_factory.mktemp("ablations")
     path = small_yaml(folder, small_data)
     plan = Plan(load_ablations(path), quick=True)
     (start,), (first, _) = plan.starts.values(), plan.points
     for member in (start, first):
         assert run.main(member.command()[2:]) == 0
-    command = ["bash", "scripts/ablations.sh", str(path), "--quick", "--processes", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train thoughts-2-s0: started" not in done.stdout and "train mixing-0.3-s0: done" in done.stdout
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert ablations.main([str(path), "--quick", "--processes", "2"]) == 0
+    assert "train thoughts-2-s0: started" not in said.getvalue() and "train mixing-0.3-s0: done" in said.getvalue()
     return path, plan
 
 
