@@ -25,10 +25,9 @@ from analysis.branching_report import coverage_figure, diversity_figure, report 
 from analysis.branching_results import cell_record, result_of, save_checkpoint  # noqa: E402
 from analysis.branching_rollout import Branch, Branching, Cell  # noqa: E402
 from analysis.branching_settings import Branches, BranchSettings, read_settings  # noqa: E402
-from analysis.noise import asker_of  # noqa: E402
 from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_results import not_a_run_folder, question_record, same_run, unfinished  # noqa: E402
-from analysis.noise_sweep import baselines_of, experiment_info, noise_info  # noqa: E402
+from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info  # noqa: E402
 from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
 from utils import read_json, whole_file, write_json  # noqa: E402
 

@@ -17,11 +17,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/noise.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis.noise_asker import Asker, trained, untrained  # noqa: E402
+from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_fits import plot  # noqa: E402
 from analysis.noise_results import not_a_run_folder, result_of, same_run  # noqa: E402
 from analysis.noise_settings import Settings, asks_for_branches, read_settings  # noqa: E402
-from analysis.noise_sweep import baselines_of, experiment_info, noise_info, sweep  # noqa: E402
+from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info, sweep  # noqa: E402
 from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
 from utils import read_json, write_json  # noqa: E402
 
@@ -44,17 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE
-
-
-def asker_of(settings: Settings) -> Asker:
-    """The model and the questions of an experiment."""
-    common = {
-        key: getattr(settings, key)
-        for key in ("benchmark", "data", "question_seed", "device", "batch_size", "max_new_tokens", "dtype")
-    } | {"num_questions": settings.n_questions}
-    if settings.checkpoint is not None:
-        return trained(settings.checkpoint, epoch=settings.epoch, **common)
-    return untrained(settings.model, virtual_latents=settings.virtual_latents, **common)
 
 
 def experiment(settings: Settings, stop: StopSignals) -> int:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from analysis.interventions import Patch
 from analysis.noise_answers import Answering
-from analysis.noise_asker import Asker
+from analysis.noise_asker import Asker, trained, untrained
 from analysis.noise_results import SCHEMA_VERSION, question_record, same_run, save_checkpoint, test_record, unfinished
 from analysis.noise_rollout import LayerThoughts, clean_thoughts
 from analysis.noise_settings import Settings
@@ -34,6 +34,20 @@ from stopping import Stopped, StopSignals
 from utils import read_json, write_json
 
 BASELINES = ("clean", "no_latents", "plain", "zeroed", "swapped")
+
+
+# ---------------------------------------------------------------- who is asked
+
+
+def asker_of(settings: Settings) -> Asker:
+    """The model and the questions of an experiment."""
+    common = {
+        key: getattr(settings, key)
+        for key in ("benchmark", "data", "question_seed", "device", "batch_size", "max_new_tokens", "dtype")
+    } | {"num_questions": settings.n_questions}
+    if settings.checkpoint is not None:
+        return trained(settings.checkpoint, epoch=settings.epoch, **common)
+    return untrained(settings.model, virtual_latents=settings.virtual_latents, **common)
 
 
 # ---------------------------------------------------------------- what a file says of its making
