@@ -19,7 +19,7 @@ from accounting import Throughput
 from batches import epoch_batches, prefetched
 from checkpoint import save_whole
 from compiled import PREFIX_MULTIPLE
-from dataset import StageDataset, get_cot_latent_dataset, padded_layout
+from dataset import Lengths, StageDataset, get_cot_latent_dataset, padded_layout
 from evaluate import validate
 from monitoring import observed
 from optimizers import WITH_MUON, build_optimizer, can_skip, set_rates, update_norms
@@ -151,7 +151,7 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     if config.max_steps is not None:
         left = min(left, max(config.max_steps - position.global_step, 0))
     steps = range(position.step, position.step + left)
-    ahead = prefetched(lambda numbers: host_batch(run, rows, numbers), micro_batches(groups, steps, world))
+    ahead = prefetched(lambda numbers: host_batch(run, rows, numbers), micro_batches(groups, steps, lengths, world))
     bad = torch.zeros((), device=world.device)  # 1 from the first update on whose loss or gradient was not finite
     watch.restart()
     run.model.train()
@@ -159,14 +159,15 @@ def train_epoch(run, optimizer, position: Position) -> bool:
 
     for step in steps:
         group, tokens = groups[step], [int(lengths.labelled[batch].sum()) for batch in groups[step]]
-        my_tokens, n_micro = tokens[world.rank :: world.size], math.ceil(len(group) / world.size)
+        places, n_micro = dealt(group, lengths, world), math.ceil(len(group) / world.size)
         loss_sum = torch.zeros((), dtype=world.wide, device=world.device)
         # ------------------------------------------------------------------ one update
         for micro in range(n_micro):
-            filler = micro >= len(my_tokens)  # a rank without a micro-batch in the leftover group joins with weight 0
+            filler = micro >= len(places)  # a rank without a micro-batch in the leftover group joins with weight 0
+            place = len(group) + world.rank if filler else places[micro]
             batch = on_device(next(ahead), world.device)
             watch.mark("data")
-            torch.manual_seed(micro_seed(config.seed, epoch, step * per_update + micro * world.size + world.rank))
+            torch.manual_seed(micro_seed(config.seed, epoch, step * per_update + place))
             if run.model.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             with parallel.accumulating(last=micro == n_micro - 1):
@@ -176,13 +177,13 @@ def train_epoch(run, optimizer, position: Position) -> bool:
                 if filler:
                     weight = 0.0
                 elif config.accumulation_norm == "tokens":
-                    weight = my_tokens[micro] * world.size / sum(tokens)
+                    weight = tokens[place] * world.size / sum(tokens)
                 else:
                     weight = world.size / per_update
                 (loss * weight).backward()
             watch.mark("backward")
             if not filler:
-                loss_sum += loss.detach().to(world.wide) * my_tokens[micro]
+                loss_sum += loss.detach().to(world.wide) * tokens[place]
         parallel.reduce_gradients()
         if world.size > 1:
             dist.all_reduce(loss_sum)
@@ -256,12 +257,25 @@ def updates_of_epoch(run, epoch: int) -> int:
     return math.ceil(batches / run.micro_batches_per_update)
 
 
-def micro_batches(groups: list, steps: range, world):
+def dealt(group: list, lengths: Lengths, world) -> list[int]:
+    """Which of an update's micro-batches this process computes, as places in `group`, ascending.
+
+    The widest are dealt first, to and fro, so that no process waits long for another.
+    """
+    width = [int(lengths.total[batch].max()) * len(batch) for batch in group]
+    order = sorted(range(len(group)), key=lambda i: -width[i])
+    turns = [order[i : i + world.size] for i in range(0, len(order), world.size)]
+    seats = (world.rank if n % 2 == 0 else world.size - 1 - world.rank for n in range(len(turns)))
+    return sorted(turn[seat] for turn, seat in zip(turns, seats) if seat < len(turn))
+
+
+def micro_batches(groups: list, steps: range, lengths: Lengths, world):
     """The rows of every micro-batch of this process over `steps`, in turn; a rank with none left repeats the first."""
     for step in steps:
         group = groups[step]
-        for start in range(0, len(group), world.size):
-            yield group[start + world.rank] if start + world.rank < len(group) else group[0]
+        places = dealt(group, lengths, world)
+        for micro in range(math.ceil(len(group) / world.size)):
+            yield group[places[micro]] if micro < len(places) else group[0]
 
 
 def host_batch(run, rows: StageDataset, numbers) -> dict:
@@ -356,7 +370,7 @@ def stop_on_nonfinite(run, rows: StageDataset, group: list, epoch: int, step: in
     """Save this rank's micro-batches, and the weights, and raise FloatingPointError; nothing has moved since that update."""
     world, path = run.world, run.folder.path / f"nonfinite_batch_rank{run.world.rank}"
     command = f"python -m analysis.replay {shlex.quote(str(path))}"
-    numbers = range(world.rank, len(group), world.size)
+    numbers = dealt(group, rows.lengths(), world)
     batches = [rows.batch(group[i], run.tokenizer.pad_token_id) for i in numbers]
     seeds = [micro_seed(run.config.seed, epoch, step * run.micro_batches_per_update + i) for i in numbers]
     save_whole({"epoch": epoch, "step": step, "batches": batches, "seeds": seeds}, path)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test, offline, on the CPU; installs the environment if needed.
-#   bash scripts/test.sh [pytest arguments, e.g. -k resume]; -n 0 runs them one after the other, in this process
+# The tests, offline, on the CPU; installs the environment if needed.
+#   bash scripts/test.sh [pytest arguments, e.g. -k resume]; --all: also the slow ones; -n 0 runs them one after the other, in this process
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
 . "$(dirname "$0")/setup.sh"

@@ -14,8 +14,16 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a folder or nothing: no test may wait for a hub
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """The slowest files first, so that no worker is left with one of them at the end."""
+def pytest_addoption(parser) -> None:
+    parser.addoption("--all", action="store_true", help="also the tests marked slow, which others cover in part")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Slow tests only where they are asked for; the slowest files first, so that no worker is left with one at the end."""
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)
     slow = ["bench", "chaos", "study", "parallel", "remote", "run", "factorial", "compiled", "phase1"]
     slow = [f"test_{name}" for name in slow]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))

@@ -344,6 +344,7 @@ def numbers_in(value):
         yield value
 
 
+@pytest.mark.slow
 def test_every_piece_runs_once_and_is_not_done_again(tmp_path, capsys):
     out = tmp_path / "out"
     command = ["bash", "scripts/bench_gpu.sh", "--tiny", "--out", str(out), "--data", str(tmp_path / "absent.json")]

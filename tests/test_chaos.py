@@ -21,7 +21,11 @@ def scene(tmp_path_factory):
     scene.close()
 
 
-@pytest.mark.parametrize("name", chaos.FAULTS)
+ALWAYS = ("kill", "stop", "full-disk", "damage")
+FAULTS = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in chaos.FAULTS]
+
+
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_run_survives(scene, name):
     outcome = chaos.FAULTS[name].happen(scene)
     if outcome.skipped:

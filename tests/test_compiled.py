@@ -33,7 +33,7 @@ def same(plain, fast, batch):
         torch.testing.assert_close(other[name], gradient[name], rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_sizes_change_without_compiling_again(family):
     counter = CompileCounterWithBackend("aot_eager")
     plain, fast = wrap(build(family, layers=1)).train(), wrap(build(family, layers=1)).train()

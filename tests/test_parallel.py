@@ -55,7 +55,7 @@ def distance(a: dict, b: dict) -> float:
 # ---------------------------------------------------------------- FSDP2
 
 
-@pytest.mark.parametrize("mode", ["continuous", "pause_curriculum"])
+@pytest.mark.parametrize("mode", ["continuous", pytest.param("pause_curriculum", marks=pytest.mark.slow)])
 def test_two_sharded_ranks_equal_one_process(make, tmp_path, mode):
     """Ragged thoughts must not hang, gradients are those of the whole batch, and evaluation counts every row once."""
     assert run.main([make("one", gradient_accumulation_steps=4, feedback_mode=mode, **RAGGED)]) == 0
@@ -163,7 +163,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("changes, code", [({}, 0), ({"lr": "fast"}, 2)], ids=["done", "mistake"])
+@pytest.mark.parametrize(
+    "changes, code", [pytest.param({}, 0, id="done", marks=pytest.mark.slow), pytest.param({"lr": "fast"}, 2, id="mistake")]
+)
 def test_the_launcher_ends_with_the_code_of_the_run(make, tmp_path, changes, code):
     config = make("code", num_epochs=1, **changes)
     process = torchrun("--standalone", "--nproc_per_node=2", "run.py", config, launcher=("scripts/torchrun.py",))

@@ -190,8 +190,20 @@ def test_train_phase1_test_ends_with_0_and_judges(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "best_model.pt" in done.stdout and "What is 25 + 17?" in done.stdout and "distinct" in done.stdout
     assert torch.load(tmp_path / "speed/best_model.pt")["config"]["seed"] == 2023
-    again = front("train_phase1", "--model", "speed", *flags, "--batch-size", 4)
-    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_other_settings_need_a_word(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from front import keep, resolved
+
+    values = resolved("cognate_speed", {"num_epochs": 3, "alarms": None})
+    assert values["num_epochs"] == 3 and "alarms" not in values and values["model_config"] == {"specialization": "speed"}
+    keep(values, tmp_path / "speed.yaml", may_change=False)
+    keep(values, tmp_path / "speed.yaml", may_change=False)
+    with pytest.raises(ValueError, match="--overwrite, --resume"):
+        keep(values | {"num_epochs": 4}, tmp_path / "speed.yaml", may_change=False)
+    keep(values | {"num_epochs": 4}, tmp_path / "speed.yaml", may_change=True)
+    assert yaml.safe_load((tmp_path / "speed.yaml").read_text())["num_epochs"] == 4
 
 
 def test_train_phase1_needs_a_model():

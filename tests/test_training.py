@@ -4,12 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import run
 import training
 from accounting import PHASES
+from dataset import Lengths
 from optimizers import build_optimizer, can_skip
 from run_folder import Position
 from utils import Config
@@ -224,3 +226,29 @@ def test_the_rate_follows_its_schedule_to_the_end(make, tmp_path):
 def test_two_ways_to_say_one_thing_are_refused(make, capsys, keys, word):
     assert run.main([make("twice", **keys)]) == 2
     assert f"{word}: also given as" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- who computes which micro-batch
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_every_micro_batch_is_dealt_once_and_evenly(n, n_processes):
+    widths = np.random.default_rng(n).integers(10, 100, 2 * n)
+    lengths = Lengths(*[widths] * 4)
+    group = [np.array([2 * i, 2 * i + 1]) for i in range(n)]
+    hands = [training.dealt(group, lengths, World(rank, n_processes, torch.device("cpu"))) for rank in range(n_processes)]
+    assert sorted(place for hand in hands for place in hand) == list(range(n))
+    assert all(hand == sorted(hand) for hand in hands) and max(map(len, hands)) == -(-n // n_processes)
+
+
+def test_dealing_by_width_leaves_less_to_wait_for():
+    group, apart = [np.array([2 * i, 2 * i + 1]) for i in range(8)], {"dealt": 0, "in turn": 0}
+    for seed in range(50):
+        widths = np.random.default_rng(seed).integers(10, 100, 16)
+        lengths = Lengths(*[widths] * 4)
+        hands = [training.dealt(group, lengths, World(rank, 2, torch.device("cpu"))) for rank in range(2)]
+        for name, places in {"dealt": hands, "in turn": [range(0, 8, 2), range(1, 8, 2)]}.items():
+            first, second = (sum(int(widths[group[i]].max()) for i in hand) for hand in places)
+            apart[name] += abs(first - second)
+    assert apart["dealt"] < 0.5 * apart["in turn"]
