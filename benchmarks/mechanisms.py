@@ -5,7 +5,7 @@ memory    training step of LAHR with a product-key memory / without
 EMA       the averages of Cognate's long-term memory over 512 tokens by a Python loop / in closed form, forward and backward
 halting   Cognate scoring and generating: all refinement steps for every token / halting at the "speed" threshold
 
-Both sides of MoD are trained a little first, so that thresholds select what they are to select. The halting head's weights
+Thresholds have settled first, so that they select what they are to select (the note says how much). The halting head's weights
 are drawn wide, so that tokens differ in their steps as those of a trained model do; the steps they take are in the note.
 """
 
@@ -31,29 +31,25 @@ def lahr(size: str, positions: int, **flags):
     return AutoModelForCausalLM.from_config(LahrConfig.size(size, **changes | flags)).train()
 
 
-def step(model, ids: Tensor, optimizer=None) -> None:
-    """Forward and backward of one batch [B, T]; with an optimizer a whole update."""
+def step(model, ids: Tensor) -> None:
+    """Forward and backward of one batch [B, T]."""
     model(ids, labels=ids).loss.backward()
-    if optimizer is not None:
-        optimizer.step()
     model.zero_grad(set_to_none=True)
-    if optimizer is None and hasattr(model, "forget_scores"):
-        model.forget_scores()
-    elif optimizer is not None and hasattr(model, "after_update"):
-        model.after_update()
+    model.forget_scores()
 
 
 def batch(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-def measure_routing(size: str, columns: int, rows: int, rounds: int, updates: int = 40) -> list[dict]:
+def measure_routing(size: str, columns: int, rows: int, rounds: int, settle: int = 30) -> list[dict]:
     """MoD: the seconds of gathered routing over those of the dense model."""
-    models = {"gathered": lahr(size, columns, use_mod=True, mod_threshold_decay=0.8), "dense": lahr(size, columns)}
-    optimizer = torch.optim.AdamW(models["gathered"].parameters(), 1e-3)
-    for i in range(updates):
-        step(models["gathered"], batch(rows, min(columns, 64), i), optimizer)
+    models = {"gathered": lahr(size, columns, use_mod=True, mod_threshold_decay=0.5), "dense": lahr(size, columns)}
     ids = batch(rows, columns)
+    with torch.no_grad():
+        for _ in range(settle):  # the thresholds, each on the scores that those below it bring about
+            models["gathered"](ids, labels=ids)
+            models["gathered"].after_update()
     works = {name: lambda i, model=model: step(model, ids) for name, model in models.items()}
     taken = alternate(works, rounds, CPU)
     with torch.no_grad():
@@ -137,7 +133,7 @@ def measure_halting(rows: int, columns: int, rounds: int, new_tokens: int) -> li
 def measure_mechanisms(quick: bool) -> list[dict]:
     """All of them. `quick`: few rounds of the smallest."""
     if quick:
-        rows = measure_routing("tiny", 64, 2, 1, updates=2) + measure_memory("tiny", 64, 2, 1)
+        rows = measure_routing("tiny", 64, 2, 1, settle=2) + measure_memory("tiny", 64, 2, 1)
         return rows + measure_pool(1, 1, columns=64) + measure_halting(1, 32, 1, new_tokens=2)
     found = [r for columns in (256, 512, 1024) for r in measure_routing("small", columns, 4, 9)]
     found += measure_memory("small", 256, 4, 15) + measure_memory("medium", 256, 2, 9)
