@@ -119,11 +119,13 @@ def test_an_optimizer_that_can_skip_leaves_everything_as_it_is(name, skips):
     assert not torch.equal(before["bias"], model.bias)
 
 
-def test_batches_are_made_for_each_rank_in_turn():
-    groups = [["a", "b", "c", "d"], ["e", "f", "g"]]
+def test_batches_are_made_for_each_rank():
+    groups = [[np.array([i]) for i in numbers] for numbers in ([0, 1, 2, 3], [4, 5, 6])]
+    lengths = Lengths(*[np.array([9, 8, 7, 6, 5, 4, 3])] * 4)
     device = torch.device("cpu")
-    mine = [list(training.micro_batches(groups, range(2), World(rank, 2, device))) for rank in (0, 1)]
-    assert mine == [["a", "c", "e", "g"], ["b", "d", "f", "e"]], "a rank with none left repeats the first of the group"
+    made = [training.micro_batches(groups, range(2), lengths, World(rank, 2, device)) for rank in (0, 1)]
+    mine = [[int(numbers[0]) for numbers in batches] for batches in made]
+    assert mine == [[0, 3, 4, 4], [1, 2, 5, 6]], "a rank with none left repeats the first of the group"
 
 
 # ---------------------------------------------------------------- the size of an update
