@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure the speed ratios on the CPU (see benchmarks/bench.py) and write benchmarks/cpu.json and cpu.md; about 13 minutes.
+# Measure the speed ratios on the CPU (see benchmarks/bench.py) and write benchmarks/cpu.json and cpu.md.
 #   bash scripts/bench.sh [--quick] [--out DIR] [--help]
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
