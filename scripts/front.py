@@ -24,6 +24,11 @@ def keep(values: dict, path: Path, may_change: bool) -> None:
         )
     print(f"# {path}\n{text}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it into place."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(text)
     temporary.rename(path)

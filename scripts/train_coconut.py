@@ -6,7 +6,7 @@
 
 Stages 0 .. max_stages, each of steps_per_stage updates; stage k puts thoughts in place of the first k steps. Validates after each
 stage, on <data>_val.json where it lies beside the data, else on a tenth of the problems, which are then not trained on.
-Everything else is a key of run.py; the resolved YAML is printed and kept in --output_dir.
+Everything else is a key of run.py; the resolved YAML is printed and kept as OUTPUT_DIR.yaml.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from front import call, keep, resolved
+from front import call, keep, resolved, write_whole
 
 SIZES = ("tiny", "small", "medium", "base", "xl")
 
@@ -70,7 +70,7 @@ def with_validation(path: Path, out: Path, seed: int) -> tuple[Path, Path]:
         raise ValueError(f"--data_path {path} does not exist; make it with: python data/cot.py --output {path}")
     if beside.is_file():
         return path, beside
-    rows = json.loads(path.read_text())
+    rows = read_rows(path)
     keys = sorted({problem(row) for row in rows})
     random.Random(seed).shuffle(keys)
     held_out = set(keys[: max(1, len(keys) // 10)])
@@ -82,9 +82,23 @@ def with_validation(path: Path, out: Path, seed: int) -> tuple[Path, Path]:
     folder = out.with_name(f"{out.name}_data")
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        (folder / f"{name}.json").write_text(json.dumps(part))
+        write_whole(folder / f"{name}.json", json.dumps(part))
     print(f"No {beside.name} beside the data: {len(parts['val'])} of {len(rows)} problems are kept for validation")
     return folder / "train.json", folder / "val.json"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file. ValueError that names file and row where it is no list of problems; run.py checks the rest."""
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--data_path {path} is not JSON ({error}); make it with: python data/cot.py --output FILE") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"--data_path {path} must hold a JSON list of rows with question, steps and answer")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+            raise ValueError(f"--data_path {path}, row {i}: `question` must be a str; see python data/cot.py --help")
+    return rows
 
 
 def problem(row: dict) -> str:

@@ -230,3 +230,13 @@ def test_train_coconut_trains_every_stage(tmp_path):
     refused = front("train_coconut", *flags)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("# no JSON", "is not JSON"), ('{"a": 1}', "must hold a JSON list"), ('[{"q": 1}]', "row 0: `question`")]
+)
+def test_train_coconut_names_what_is_wrong_with_the_data(tmp_path, text, said):
+    (tmp_path / "rows.json").write_text(text)
+    done = front("train_coconut", "--data_path", tmp_path / "rows.json", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out_data").exists()
