@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from backbones.lahr_blocks import HIDDEN, Columns, LahrBlock, attention_bias
 from backbones.lahr_config import LahrConfig, drawn
 from backbones.memory_layers import ValueTable
-from backbones.routing import Route, Router, predictor_loss
+from backbones.routing import KINDS, Route, Router, predictor_loss, routing_rates
 
 GATHER_FROM = 32  # columns of a pass from which a device other than the CPU gathers: it has to wait for the number of tokens
 
@@ -289,13 +289,11 @@ class LahrForCausalLM(LahrPreTrainedModel, GenerationMixin):
         """Share of tokens that each routed layer selects, and of question, thought and text (asked) tokens over all layers."""
         if columns is None:
             return {}
-        selected_BTR = columns["mod_selected"]
-        layers = zip(self.config.routed, selected_BTR.unbind(2))
-        found = {f"mod/layer_{layer}": float(selected_BT[real_BT].float().mean()) for layer, selected_BT in layers}
-        kinds = {"question": real_BT & ~asked_BT & ~thought_BT, "thought": real_BT & thought_BT, "text": real_BT & asked_BT}
-        return found | {
-            f"mod/{kind}": float(selected_BTR[of_kind].float().mean()) for kind, of_kind in kinds.items() if of_kind.any()
-        }
+        kinds_BT = torch.where(thought_BT, KINDS.index("thought"), KINDS.index("question"))
+        rates = routing_rates(columns["mod_selected"], kinds_BT.masked_fill(asked_BT, KINDS.index("text")), real_BT)
+        layers = zip(self.config.routed, rates.pop("all").tolist())
+        of_kinds = {f"mod/{kind}": float(rate_R.mean()) for kind, rate_R in rates.items() if not rate_R.isnan().any()}
+        return {f"mod/layer_{layer}": rate for layer, rate in layers} | of_kinds
 
     def forget_scores(self) -> None:
         """Drop what was noted since the last update, as after forwards that were trials and no training."""
