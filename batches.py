@@ -6,6 +6,7 @@ for batch in prefetched(lambda numbers: rows.batch(numbers, pad_id), order):
     ...
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,27 @@ def padding_share(lengths: Lengths, batches: Iterable[np.ndarray], prefix_multip
         _, width = padded_layout(lengths.of(rows), multiple=prefix_multiple)
         real, columns = real + int(lengths.total[rows].sum()), columns + len(rows) * width
     return 1 - real / columns
+
+
+def dealt(group: list, lengths: Lengths, world) -> list[int]:
+    """Which of an update's micro-batches this process computes, as places in `group`, ascending.
+
+    The widest are dealt first, to and fro, so that no process waits long for another.
+    """
+    width = [int(lengths.total[batch].max()) * len(batch) for batch in group]
+    order = sorted(range(len(group)), key=lambda i: -width[i])
+    turns = [order[i : i + world.size] for i in range(0, len(order), world.size)]
+    seats = (world.rank if n % 2 == 0 else world.size - 1 - world.rank for n in range(len(turns)))
+    return sorted(turn[seat] for turn, seat in zip(turns, seats) if seat < len(turn))
+
+
+def micro_batches(groups: list, steps: range, lengths: Lengths, world):
+    """The rows of every micro-batch of this process over `steps`, in turn; a rank with none left repeats the first."""
+    for step in steps:
+        group = groups[step]
+        places = dealt(group, lengths, world)
+        for micro in range(math.ceil(len(group) / world.size)):
+            yield group[places[micro]] if micro < len(places) else group[0]
 
 
 def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:

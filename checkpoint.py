@@ -18,8 +18,10 @@ import transformers
 
 import backbones
 from coconut import FEEDBACK_MODES, Coconut
+from config_rules import PAUSE_MODES
+from files import read_json, whole_file
 from lora import has_adapters, merged_weights
-from utils import PAUSE_MODES, Config, check_config, read_json, whole_file
+from utils import Config, check_config
 
 MODE_OF_ID = {cls.mode_id: name for name, cls in FEEDBACK_MODES.items() if cls.mode_id is not None}
 NUMBERED = re.compile(r"checkpoint_(\d+)")

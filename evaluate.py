@@ -31,11 +31,11 @@ from dataset import (
     extract_steps,
     get_cot_latent_dataset,
     get_question_latent_dataset,
-    question_hash,
 )
+from files import whole_file
 from generation import Decoding, Row, decoded
+from tokens import question_hash
 from two_choice import score_decoded, score_options, wants_two_choice
-from utils import whole_file
 from world import World
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from checkpoint import PHASE1_BEST, PHASE1_EPOCH, numbered_checkpoints, read_whole, save_whole
 from coconut import Coconut
+from files import read_json, remove, write_json
 from run_folder import PHASE1_KEYS, Position, RunFolder
-from utils import read_json, remove, write_json
 
 
 class Phase1Folder(RunFolder):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from accounting import PHASES, Shape, Stopwatch, Throughput
-from utils import NoRoom
+from files import NoRoom
 
 WANDB_SECONDS = 20  # to wait for its server at the start
 

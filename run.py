@@ -26,8 +26,9 @@ from averaging import WeightAverage
 from checkpoint import build_model, find_checkpoint, versions
 from coconut import Coconut, decoder_blocks
 from compiled import compile_passes, forget_trials, uncompile
-from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, load_rows, no_garbage_collection
+from dataset import StageDataset, get_cot_latent_dataset
 from evaluate import validate, wants_two_choice
+from files import NoRoom, write_json
 from lora import add_adapters
 from microbatch import candidates, largest_micro_batch
 from monitoring import Alarms
@@ -38,8 +39,9 @@ from reporting import Meter, Metrics
 from run_folder import Position, RunFolder, is_snapshot, read_snapshot
 from saving import Saver, announce_disk_need
 from stopping import DONE, MISTAKE, NOT_FINITE, REQUEUE, Stopped, StopSignals
+from tokens import TokenTable, get_dataset, load_rows, no_garbage_collection
 from training import host_batch, on_device, train, update_size
-from utils import Config, NoRoom, load_config, set_seed, write_json
+from utils import Config, load_config, set_seed
 from world import World, process_group
 
 

@@ -35,8 +35,9 @@ from checkpoint import (
     versions,
 )
 from coconut import Coconut
+from files import read_json, read_jsonl, remove, whole_file, write_json
 from lora import fingerprint, has_adapters, load_trained, trained
-from utils import Config, read_json, read_jsonl, remove, whole_file, write_json
+from utils import Config
 
 SHARDED = re.compile(r"sharded_(\d+)")
 PHASE1_KEYS = {"raw_model_state_dict": "model", "optimizer_state_dict": "optimizer"}  # of a snapshot, in epoch_N.pt

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import save_whole, stored_model
 from coconut import decoder_blocks
+from files import NoRoom, read_json, remove, write_json
 from parallel import Alone
-from utils import NoRoom, read_json, remove, write_json
 
 INDEX = "index.json"
 

@@ -1,16 +1,12 @@
-"""The run config (YAML + overrides, checked before any compute), seeds, and files written whole.
+"""The run config (YAML + overrides, checked before any compute), and seeds.
 
 config = load_config("args/prosqa_coconut_1gpu.yaml", ["lr=3e-4", "num_epochs=10"])
 """
 
 import difflib
-import errno
-import json
 import os
 import random
 import re
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,17 +15,10 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from config_rules import NO_PATH, contradictions
 from optimizers import with_preset
 
-METHOD_FLAGS = ("coconut", "cot", "no_thoughts", "no_cot")
-PAUSE_MODES = ("frozen", "learned_shared", "pause_curriculum")
-FEEDBACK_NAMES = ("continuous", *PAUSE_MODES, "pause_multipass")
-OWN_BACKBONES = ("lahr", "cognate")
 PLACEHOLDER = re.compile(r"^YOUR_PATH")
-
-
-class NoRoom(ValueError):
-    """A disk that is full or fails: nobody's mistake, and the same command goes on once there is room."""
 
 
 class Lora(BaseModel):
@@ -169,7 +158,7 @@ class Config(BaseModel):
     @field_validator("load_model_path", "train_path", "tokenizer", mode="before")
     @classmethod
     def _nothing(cls, value):
-        return None if value in ("None", "none", "null", "") else value
+        return None if value in NO_PATH else value
 
     @field_validator("keep")
     @classmethod
@@ -276,16 +265,7 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
         config = Config(given)
     except ValidationError as error:
         problems += [_explain(item) for item in error.errors()]
-    flags = {key: _switched_on(given, key) for key in METHOD_FLAGS}
-    if given.get("model_id") in OWN_BACKBONES:
-        if not given.get("from_scratch"):
-            problems.append(
-                f"model_id: {given['model_id']} has no weights of its own; set from_scratch: True, or name a folder"
-            )
-        if given.get("tokenizer") in (None, "", "None", "none", "null"):
-            problems.append(f"tokenizer: missing; {given['model_id']} has none, name a hub id or folder (backbones/characters)")
-    problems += _check_method(flags, given) + _check_mode(flags, given) + _check_speed(flags, given)
-    problems += _check_lora(given)
+    problems += contradictions(given)
     if config is not None:
         if not config.only_eval and config.train_path is None:
             problems.append("train_path: missing (needed unless only_eval: True)")
@@ -313,80 +293,6 @@ def _explain(item: dict) -> str:
     return f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r}"
 
 
-def _switched_on(given: dict, key: str) -> bool:
-    return str(given.get(key, False)).lower() in ("true", "yes", "on", "1")
-
-
-def _check_method(flags: dict[str, bool], given: dict) -> list[str]:
-    on = [key for key, value in flags.items() if value]
-    if not any(key in given for key in METHOD_FLAGS):
-        return [f"method: give at least one of {', '.join(METHOD_FLAGS)}"]
-    if not on and not all(key in given for key in METHOD_FLAGS):
-        return [f"method: nothing is True; for pause-as-thought write all of {', '.join(METHOD_FLAGS)} as False"]
-    if _switched_on(given, "icot") and (on != ["cot"] or given.get("uniform_prob")):
-        return ["icot: shortens the chains of cot; set cot: True, no other method, and no uniform_prob"]
-    if len(on) > 1 and set(on) != {"coconut", "no_thoughts"}:
-        return [f"method: {' and '.join(on)} contradict each other; set one of them to True"]
-    return []
-
-
-def _check_mode(flags: dict[str, bool], given: dict) -> list[str]:
-    mode = given.get("feedback_mode", "continuous")
-    if mode not in FEEDBACK_NAMES:
-        return [f"feedback_mode: {mode!r} is unknown; known: {', '.join(FEEDBACK_NAMES)}"]
-    if mode != "continuous" and (not flags["coconut"] or flags["no_thoughts"]):
-        return [f"feedback_mode: {mode} needs coconut: True and thoughts"]
-    return []
-
-
-def _check_speed(flags: dict[str, bool], given: dict) -> list[str]:
-    problems = []
-    continuous = flags["coconut"] and not flags["no_thoughts"] and given.get("feedback_mode", "continuous") == "continuous"
-    if given.get("latent_iterations") and not continuous:
-        problems.append("latent_iterations: needs coconut: True and feedback_mode: continuous")
-    if given.get("latent_norm", "none") != "none" and not continuous:
-        problems.append("latent_norm: needs coconut: True and feedback_mode: continuous")
-    if given.get("checkpoint_format") == "phase1":
-        for key in ("save_only_improve", "reset_optimizer"):
-            if given.get(key):
-                problems.append(f"{key}: cannot be combined with checkpoint_format: phase1; leave it out")
-        if given.get("parallel") == "fsdp2":
-            problems.append("checkpoint_format: phase1 cannot be combined with parallel: fsdp2; leave it out")
-    if given.get("compile") and given.get("activation_checkpointing"):
-        problems.append("compile: cannot be combined with activation_checkpointing; set one of them to False")
-    for one, other in (("warmup_steps", "warmup_epochs"), ("min_lr", "min_lr_ratio")):
-        if given.get(one) is not None and given.get(other):
-            problems.append(f"{one}: also given as {other}; keep one")
-    if given.get("batch_size_training") == "auto" and given.get("gradient_accumulation_steps", 1) != 1:
-        problems.append("batch_size_training: auto sets the accumulation itself; give effective_batch_size instead")
-    if given.get("parallel") == "fsdp2":
-        if given.get("compile"):
-            problems.append("compile: cannot be combined with parallel: fsdp2; set it to False")
-        if given.get("batch_size_training") == "auto":
-            problems.append("batch_size_training: auto cannot be combined with parallel: fsdp2; give a number")
-        if given.get("weight_ema") is not None:
-            problems.append("weight_ema: cannot be combined with parallel: fsdp2; leave it out")
-        if given.get("bf16") == "pure":
-            problems.append(
-                "bf16: pure cannot be combined with parallel: fsdp2; True keeps float32 master weights in the shards"
-            )
-    return problems
-
-
-def _check_lora(given: dict) -> list[str]:
-    if given.get("lora") is None:
-        return []
-    others = {
-        "parallel: fsdp2": given.get("parallel") == "fsdp2",
-        "checkpoint_format: phase1": given.get("checkpoint_format") == "phase1",
-        "compile": given.get("compile"),
-        "weight_ema": given.get("weight_ema") is not None,
-        "save_training_state: False": given.get("save_training_state") is False,  # checkpoint_N holds no adapters
-        f"model_id: {given.get('model_id')}": given.get("model_id") in OWN_BACKBONES,
-    }
-    return [f"lora: cannot be combined with {key}; leave one out" for key, found in others.items() if found]
-
-
 # ---------------------------------------------------------------- seeds
 
 
@@ -401,79 +307,3 @@ def set_seed(seed: int) -> None:
 def micro_seed(*key: int) -> int:
     """A seed that depends on all of `key` (run seed, epoch, micro-batch ...), the same on every platform."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-# ---------------------------------------------------------------- files written whole
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike, mode: str = "w"):
-    """Write a file under a temporary name in its folder and rename it into place, so that it is never half there.
-
-    Raises ValueError with the free space where the disk refuses (`NoRoom` where it is full or fails).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else ValueError
-        raise kind(
-            f"cannot write {path} ({' '.join(str(error).split())[:120]}); {free / 1e9:.2f} GB free in its folder: "
-            "make room and start the same command again; what was written before is intact"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove(path: str | os.PathLike) -> None:
-    """Remove a file or a folder, if it is there; a folder under another name, so that half of it is never taken for it."""
-    path = Path(path)
-    if path.is_dir():
-        doomed = path.with_name(f".tmp-removed-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike, value) -> None:
-    """Write indented JSON, whole."""
-    with whole_file(path) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-
-
-def read_json(path: str | os.PathLike, *keys: str):
-    """The value of a JSON file; with `keys` an object that has them. ValueError that names the file where it is damaged."""
-    try:
-        return _holding(json.loads(Path(path).read_text()), keys)
-    except ValueError as error:  # also what is no UTF-8
-        raise ValueError(f"{path} is damaged ({error}); restore it from a copy or delete it") from None
-
-
-def read_jsonl(path: str | os.PathLike, *keys: str) -> list[dict]:
-    """The records of a JSON-lines file; a last line torn by a killed process is left out. No file: no records.
-
-    ValueError that names file and line where one is damaged, or is no object that has `keys`.
-    """
-    path = Path(path)
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records += [_holding(json.loads(line), keys)] if line else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
-    return records
-
-
-def _holding(value, keys: tuple[str, ...]):
-    if keys and not (isinstance(value, dict) and {*keys} <= value.keys()):
-        raise ValueError(f"not an object with {', '.join(keys)}")
-    return value

@@ -16,7 +16,7 @@ from analysis.stats import wilson
 from analysis.subject import Problems, Subject
 from analysis.tables import table
 from analysis.token_count import joined
-from utils import read_json, whole_file, write_json
+from files import read_json, whole_file, write_json
 
 SCHEMA_VERSION = 1
 LEGEND = (

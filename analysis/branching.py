@@ -28,8 +28,8 @@ from analysis.branching_settings import Branches, BranchSettings, read_settings 
 from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_results import not_a_run_folder, question_record, same_run, unfinished  # noqa: E402
 from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info  # noqa: E402
+from files import read_json, whole_file, write_json  # noqa: E402
 from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
-from utils import read_json, whole_file, write_json  # noqa: E402
 
 FINAL = "final_results.json"
 

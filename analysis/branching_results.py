@@ -18,7 +18,7 @@ from analysis.branching_votes import AGGREGATORS, abstention, agreement, canonic
 from analysis.noise_asker import Asker, Question
 from analysis.noise_results import MOST_ERRORS, counted, key_of, paired, too_many_errors
 from analysis.stats import holm
-from utils import write_json
+from files import write_json
 
 DIVERSITY_MEANS = ("d_k", "d_k_late", "d_k_normalized")
 

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as `python analysis/causal_sanity.py`
 from analysis import effects, tracing  # noqa: E402
 from analysis.experiment import SCHEMA_VERSION, Experiment, Task  # noqa: E402
 from analysis.self_checks import CheckFailed  # noqa: E402
-from utils import write_json  # noqa: E402
+from files import write_json  # noqa: E402
 
 RESULT = "exp0_sanity_result.json"
 WANTED, MAX_POSITIONS = 50, 20

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as `python analysis/compare.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis.differences import EVAL_FIELDS, Side, apart, differences, same, size  # noqa: E402
-from utils import whole_file, write_json  # noqa: E402
+from files import whole_file, write_json  # noqa: E402
 
 
 def verdict(result: dict) -> str:

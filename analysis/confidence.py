@@ -21,8 +21,8 @@ import numpy as np  # noqa: E402
 from analysis.eval_sets import chosen_sets, sets_flag  # noqa: E402
 from analysis.experiment import Experiment, Task, share  # noqa: E402
 from analysis.stats import bonferroni, wilcoxon  # noqa: E402
-from dataset import question_hash  # noqa: E402
-from utils import read_jsonl  # noqa: E402
+from files import read_jsonl  # noqa: E402
+from tokens import question_hash  # noqa: E402
 
 MODELS = ("m0", "m3", "m4", "m4b", "m5")
 COMPARISONS = (("m3", "m5"), ("m3", "m4b"), ("m5", "m4b"), ("m3", "m4"), ("m5", "m0"))  # primary, secondary, noise floor, ...

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import numbered_checkpoints, read_weights
-from utils import Config, read_json, read_jsonl
+from files import read_json, read_jsonl
+from utils import Config
 
 # Keys that say where things lie or how often they are looked at: the numbers of a run do not depend on them.
 NEUTRAL = {

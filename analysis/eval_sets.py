@@ -17,7 +17,7 @@ from analysis.subject import Problems, Subject
 from data.edge_pairs import UNBALANCED, check_edge_pair
 from data.ood_checks import FAIR, check_swap_pair, pairs_of
 from data.prosqa_rows import baselines, check_rows
-from dataset import load_rows
+from tokens import load_rows
 
 ID = "id_matched"  # new rows of the evaluation sets' generator, as hard as the training rows
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from checkpoint import NUMBERED
 from dataset import extract_steps
-from utils import Config, check_config, read_json, read_jsonl
+from files import read_json, read_jsonl
+from utils import Config, check_config
 
 TASKS = {"gsm": "GSM8K", "prontoqa": "ProntoQA", "prosqa": "ProsQA", "arith_gsm": "the stand-in for GSM8K"}
 TEST_ROWS = {"gsm": 1319, "prontoqa": 800, "prosqa": 500}

@@ -32,7 +32,7 @@ from analysis.self_checks import CheckFailed, self_checks
 from analysis.subject import Problems, Subject
 from analysis.summary import level
 from checkpoint import versions
-from utils import read_jsonl, whole_file, write_json
+from files import read_jsonl, whole_file, write_json
 
 SCHEMA_VERSION = 1
 TEST_FILES = ("prosqa_test.json", "test.json")

@@ -25,7 +25,8 @@ from analysis.jobs import Job
 from analysis.settings_files import checked, explained, read_yaml
 from checkpoint import numbered_checkpoints
 from data import cot
-from utils import Config, load_config, read_json, read_jsonl, whole_file, write_json
+from files import read_json, read_jsonl, whole_file, write_json
+from utils import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")

@@ -13,7 +13,7 @@ from analysis.factorial_stats import BASELINE, CELLS, analyse, power_of_design, 
 from analysis.stats import seed_interval
 from analysis.tables import number, percent, table
 from checkpoint import versions
-from utils import read_json, whole_file, write_json
+from files import read_json, whole_file, write_json
 
 SCHEMA_VERSION = 1
 PRIMARY = {"answer_loss": "answer loss (nats a token)", "exact_match": "exact match"}

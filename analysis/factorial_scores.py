@@ -28,7 +28,7 @@ from backbones.memory_layers import counting_reads, utilisation  # noqa: E402
 from checkpoint import numbered_checkpoints, versions  # noqa: E402
 from coconut import decoder_blocks  # noqa: E402
 from dataset import MyCollator  # noqa: E402
-from utils import read_json, read_jsonl, write_json  # noqa: E402
+from files import read_json, read_jsonl, write_json  # noqa: E402
 
 # ---------------------------------------------------------------- which checkpoint
 

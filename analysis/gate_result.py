@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import write_json
+from files import write_json
 
 PASS, FAIL, NOT_YET, NOT_APPLICABLE = "PASS", "FAIL", "NOT YET", "NOT APPLICABLE"
 RAISED, CLEAR = "RAISED", "CLEAR"  # red flags only: they inform and never block

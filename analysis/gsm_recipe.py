@@ -28,9 +28,11 @@ if __package__ in (None, ""):  # run as `python analysis/gsm_recipe.py`
 
 from analysis.evaluations import HYBRID_SHARE, ROWS, is_last_stage, read_evaluation, share_with_steps  # noqa: E402
 from analysis.table1 import tasks_of, text_of, write  # noqa: E402
-from dataset import existing  # noqa: E402
+from config_rules import METHOD_FLAGS  # noqa: E402
+from files import read_json, read_jsonl  # noqa: E402
 from stopping import DONE, MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
-from utils import METHOD_FLAGS, Config, load_config, read_json, read_jsonl  # noqa: E402
+from tokens import existing  # noqa: E402
+from utils import Config, load_config  # noqa: E402
 
 OTHER_NAMES = {"prosqa_cot": "prosqa_m1_cot", "prosqa_no_cot": "prosqa_m2_nocot", "prosqa_wo_thought": "prosqa_m0_nothought"}
 OWN_KEYS = ("name", "seed", "save_path", "val_path", "load_model_path", "resume", "only_eval")  # which the recipe sets

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from analysis.health_checks import CHECKS, chosen, run_checks  # noqa: E402
 from analysis.health_patient import Patient, Result  # noqa: E402
 from checkpoint import versions  # noqa: E402
-from utils import write_json  # noqa: E402
+from files import write_json  # noqa: E402
 
 SCHEMA_VERSION = 1
 COLUMNS = ("check", "value", "threshold", "status")

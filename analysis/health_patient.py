@@ -25,7 +25,7 @@ from analysis.subject import Problems, Subject
 from backbones import max_positions
 from checkpoint import find_checkpoint, numbered_checkpoints
 from dataset import MyCollator, get_cot_latent_dataset, get_question_latent_dataset
-from utils import read_json, read_jsonl
+from files import read_json, read_jsonl
 
 # How far two computations of the same logits may be apart, in units of the logits' standard deviation.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}

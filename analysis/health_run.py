@@ -12,9 +12,9 @@ from pathlib import Path
 
 from analysis.health_patient import Patient, Result, not_applicable
 from checkpoint import build_model, find_checkpoint, read_weights, stored_weights
-from dataset import load_rows, question_hash
+from files import read_jsonl
 from optimizers import learning_rate as scheduled_rate
-from utils import read_jsonl
+from tokens import load_rows, question_hash
 
 TINY_LOSS = 1e-3  # below it four decimals hide what moves
 MOST_OFF = 1e-3  # of the scheduled rate

@@ -27,7 +27,7 @@ from analysis.stats import mcnemar, ratio_of_means  # noqa: E402
 from analysis.subject import Problems, Subject  # noqa: E402
 from analysis.tables import change, number, percent, table  # noqa: E402
 from checkpoint import versions  # noqa: E402
-from utils import write_json  # noqa: E402
+from files import write_json  # noqa: E402
 
 NOTES = {
     "change": "(other - on) / on, as a fraction: positive where the first checkpoint with its thoughts on is better; of the "

@@ -22,8 +22,8 @@ from analysis.noise_fits import plot  # noqa: E402
 from analysis.noise_results import not_a_run_folder, result_of, same_run  # noqa: E402
 from analysis.noise_settings import Settings, asks_for_branches, read_settings  # noqa: E402
 from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info, sweep  # noqa: E402
+from files import read_json, write_json  # noqa: E402
 from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
-from utils import read_json, write_json  # noqa: E402
 
 FINAL, CURVE = "final_results.json", "accuracy_decay_curve.png"
 

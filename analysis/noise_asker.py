@@ -22,7 +22,8 @@ import backbones
 from analysis.experiment import TEST_FILES
 from analysis.subject import Problems, Subject
 from coconut import Coconut
-from dataset import clean_answer, existing, extract_answer, load_rows, question_hash
+from dataset import clean_answer, extract_answer
+from tokens import existing, load_rows, question_hash
 
 FORMS = ("thoughts", "no_latents", "plain")
 FILES = {"gsm8k": "data/gsm_test.json", "prontoqa": "data/prontoqa_test.json", "prosqa": "data/prosqa_test.json"}

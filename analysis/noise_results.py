@@ -20,7 +20,7 @@ from analysis.noise_answers import Said
 from analysis.noise_asker import Asker, Question
 from analysis.noise_fits import breakdown, fits, in_order, label, strength
 from analysis.stats import holm, mcnemar, wilson
-from utils import read_json, write_json
+from files import read_json, write_json
 
 SCHEMA_VERSION = 1
 MOST_ERRORS = 0.05

@@ -30,8 +30,8 @@ from analysis.noise_settings import Settings
 from analysis.scoring import donors
 from checkpoint import versions
 from dataset import MyCollator
+from files import read_json, write_json
 from stopping import Stopped, StopSignals
-from utils import read_json, write_json
 
 BASELINES = ("clean", "no_latents", "plain", "zeroed", "swapped")
 

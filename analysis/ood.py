@@ -29,7 +29,7 @@ from data.ood_checks import FAIR  # noqa: E402
 from data.prosqa_graph import sentence  # noqa: E402
 from data.prosqa_rows import baselines  # noqa: E402
 from dataset import clean_answer, extract_answer  # noqa: E402
-from utils import write_json  # noqa: E402
+from files import write_json  # noqa: E402
 
 MODELS = ("m0", "m1", "m2", "m3", "m4", "m4b", "m5")
 KINDS = ("target", "wrong_option", "third_entity", "no_hash")

@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from analysis.probes import LinearProbe, Score, codes, fingerprint, folds, frequent, mlp_grid, mlp_probe, p_value, shuffles
-from utils import read_jsonl, whole_file
+from files import read_jsonl, whole_file
 
 # ---------------------------------------------------------------- rows, folds and labels
 

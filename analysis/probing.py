@@ -38,7 +38,7 @@ from analysis.probes import LEAST_MEMBERS, synthetic_clusters  # noqa: E402
 from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.subject import Prompts, Subject  # noqa: E402
 from checkpoint import build_model  # noqa: E402
-from utils import whole_file  # noqa: E402
+from files import whole_file  # noqa: E402
 
 INPUT_POSITIONS = 6
 CLUSTERS_READ = 0.99

@@ -33,7 +33,8 @@ from tqdm import tqdm  # noqa: E402
 
 from accounting import PHASES  # noqa: E402
 from analysis.figures import plt  # noqa: E402
-from utils import Config, load_config, read_jsonl, whole_file, write_json  # noqa: E402
+from files import read_jsonl, whole_file, write_json  # noqa: E402
+from utils import Config, load_config  # noqa: E402
 
 RUN = ROOT / "run.py"
 STEP_PHASES = tuple(name for name in PHASES if name not in ("evaluation", "saving"))

@@ -27,7 +27,8 @@ if __package__ in (None, ""):  # run as `python analysis/replay.py`
 from analysis.compare import strict  # noqa: E402
 from checkpoint import build_model, read_whole  # noqa: E402
 from coconut import Coconut  # noqa: E402
-from utils import Config, check_config, read_json, set_seed, write_json  # noqa: E402
+from files import read_json, write_json  # noqa: E402
+from utils import Config, check_config, set_seed  # noqa: E402
 
 TEXT = 100  # characters of a row that are shown
 NAMED = 10  # rows that are named in the conclusion

@@ -24,8 +24,9 @@ from analysis.step_rates import LEAST_REPEATS, REPEATS, STEPS, step_rates  # noq
 from analysis.subject import Problems, Subject  # noqa: E402
 from analysis.tables import number, percent, table  # noqa: E402
 from checkpoint import numbered_checkpoints, versions  # noqa: E402
-from dataset import TokenTable, get_dataset  # noqa: E402
-from utils import check_config, read_json, read_jsonl, whole_file, write_json  # noqa: E402
+from files import read_json, read_jsonl, whole_file, write_json  # noqa: E402
+from tokens import TokenTable, get_dataset  # noqa: E402
+from utils import check_config  # noqa: E402
 
 NOTES = {
     "own": "own_* are of the stage's own supervised tokens, other ones at each stage: not comparable between stages",

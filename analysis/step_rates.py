@@ -30,10 +30,11 @@ from backbones.memory_layers import Memory, ValueTable
 from backbones.routing import Router
 from batches import epoch_batches
 from coconut import Coconut, decoder_blocks
-from dataset import TokenTable, get_cot_latent_dataset
+from dataset import get_cot_latent_dataset
 from optimizers import build_optimizer
 from recompute import recompute_blocks
 from reporting import peak_memory
+from tokens import TokenTable
 
 REPEATS, STEPS, WARM_UP = 5, 8, 1  # timed repeats of so many updates each, after so many repeats that do not count
 LEAST_REPEATS = 3

@@ -20,7 +20,7 @@ from analysis import curriculum, gates, report, verdict  # noqa: E402
 from analysis.jobs import Job, run_jobs  # noqa: E402
 from analysis.measure import experiment  # noqa: E402
 from analysis.study_plan import Plan, load_study_config  # noqa: E402
-from utils import whole_file  # noqa: E402
+from files import whole_file  # noqa: E402
 
 
 def show(plan: Plan, jobs: list[Job]) -> None:

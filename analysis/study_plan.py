@@ -17,7 +17,8 @@ from analysis.measure import EXPERIMENTS, experiment, flags
 from analysis.runs import LOG_STEMS
 from analysis.settings_files import checked, read_yaml
 from checkpoint import numbered_checkpoints, versions
-from utils import Config, load_config, read_jsonl, write_json
+from files import read_jsonl, write_json
+from utils import Config, load_config
 
 ORDER = ("m1", "m2", "m3", "m4", "m4b", "m5", "m0")
 SCHEMA_VERSION = 1

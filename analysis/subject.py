@@ -25,11 +25,13 @@ from torch import Tensor
 from analysis.interventions import NOWHERE, Recorder
 from checkpoint import PHASE1_BEST, PHASE1_EPOCH, find_checkpoint, load_run, numbered_checkpoints
 from coconut import Coconut, Rollout, decoder_blocks
-from dataset import Lengths, MyCollator, TokenTable, evaluation_latents, get_dataset, load_rows
+from dataset import Lengths, MyCollator, evaluation_latents
 from evaluate import evaluate
+from files import read_jsonl
 from passes import Plan
+from tokens import TokenTable, get_dataset, load_rows
 from two_choice import has_options, score_options
-from utils import Config, read_jsonl
+from utils import Config
 from world import World
 
 BATCH_SIZE = {"cpu": 100}  # prompts at a time; elsewhere:

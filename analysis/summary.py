@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as `python analysis/summary.py`
 
 from analysis.figures import training_curves  # noqa: E402
 from analysis.stats import wilson as level  # noqa: E402
-from utils import read_jsonl, whole_file, write_json  # noqa: E402
+from files import read_jsonl, whole_file, write_json  # noqa: E402
 
 COLUMNS = ("model", "feedback", "latents", "set", "exact match", "95 % interval", "by steps", "tokens/question", "train s")
 

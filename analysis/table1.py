@@ -21,7 +21,7 @@ from analysis.drawing import INK, bars, panel, rows_text, save, sheet, spread, s
 from analysis.evaluations import COUNTED, ROWS, TASKS, Evaluation, find_evaluations, read_evaluation  # noqa: E402
 from analysis.stats import seed_interval, wilson  # noqa: E402
 from analysis.tables import table  # noqa: E402
-from utils import whole_file, write_json  # noqa: E402
+from files import whole_file, write_json  # noqa: E402
 
 
 class Published(NamedTuple):

@@ -21,7 +21,7 @@ from scipy.stats import bootstrap  # noqa: E402
 
 from analysis.figures import plt  # noqa: E402
 from analysis.summary import level  # noqa: E402
-from utils import read_jsonl, whole_file, write_json  # noqa: E402
+from files import read_jsonl, whole_file, write_json  # noqa: E402
 
 COLUMNS = (
     "model",

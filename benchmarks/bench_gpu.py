@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from utils import write_json
+from files import write_json
 
 from . import table
 from .gpu_pieces import Piece, Session, pieces, tidy

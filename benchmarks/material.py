@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import backbones
 from coconut import Coconut
-from dataset import StageDataset, TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset, load_rows
+from dataset import StageDataset, get_cot_latent_dataset, get_question_latent_dataset
 from run import Run
+from tokens import TokenTable, get_dataset, load_rows
 from training import host_batch, on_device
 from utils import check_config
 from world import World

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import read_jsonl
+from files import read_jsonl
 
 from .material import ROOT, WORDS, Source, environment, model_folder
 from .timing import result, spread

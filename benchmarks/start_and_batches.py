@@ -16,8 +16,8 @@ import torch
 
 from batches import epoch_batches, padding_share
 from dataset import Lengths, get_cot_latent_dataset
+from files import read_jsonl
 from training import host_batch
-from utils import read_jsonl
 
 from .material import ROOT, STAGE, Material, Source, environment, model_folder
 from .timing import ROUNDS, alternate, result, spread

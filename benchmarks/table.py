@@ -8,7 +8,7 @@ The targets of a CPU are met or missed on a CPU only, those of a GPU on one H100
 import operator
 from pathlib import Path
 
-from utils import whole_file, write_json
+from files import whole_file, write_json
 
 # {where: {measure or (measure, start of shape): (comparison, limit in the unit of the result)}}
 TARGETS: dict[str, dict] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from analysis.profile import STEP_PHASES, peak_memory_gb, summarise
-from utils import read_jsonl
+from files import read_jsonl
 
 from .material import ROOT, STAGE
 from .timing import Budget, result

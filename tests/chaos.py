@@ -29,7 +29,7 @@ import chaos_world  # noqa: E402, F401
 from chaos_scene import FULL, QUICK, Outcome, Scene  # noqa: E402
 
 from checkpoint import versions  # noqa: E402
-from utils import whole_file, write_json  # noqa: E402
+from files import whole_file, write_json  # noqa: E402
 
 FAULTS = chaos_faults.FAULTS
 EQUAL = "Equal: all weights, optimizer states, and records of every update and evaluation, to the bit."

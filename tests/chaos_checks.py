@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import numbered_checkpoints, read_weights, read_whole
+from files import read_json, read_jsonl
 from sharding import load_whole, read_index
-from utils import read_json, read_jsonl
 
 
 def unreadable(folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from run_material import write_config
 
-from utils import read_jsonl
+from files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST, QUICK, FULL = range(3)

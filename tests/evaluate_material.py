@@ -17,9 +17,10 @@ from checkpoint import build_model
 from coconut import Coconut, Rollout
 from data import two_chain
 from data.prosqa_rows import draw_rows
-from dataset import TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset
+from dataset import get_cot_latent_dataset, get_question_latent_dataset
 from run import Run
 from run_folder import RunFolder
+from tokens import TokenTable, get_dataset
 from utils import check_config
 from world import World
 

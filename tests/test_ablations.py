@@ -17,7 +17,8 @@ from analysis.ablation_plan import Plan, load_ablations
 from analysis.ablation_report import gathered, text
 from analysis.stats import wilson
 from analysis.subject import Problems, Subject
-from utils import load_config, read_json
+from files import read_json
+from utils import load_config
 
 TINY, FULL = ROOT / "args/ablations.yaml", ROOT / "args/ablations_full.yaml"
 SMALL = {"num_epochs": 3, "max_latent_stage": 2, "batch_size_training": 16, "max_new_tokens": 5, "wandb": False}

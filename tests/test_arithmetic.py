@@ -15,7 +15,8 @@ from conftest import ROOT
 
 from data import arithmetic, gsm
 from data.arithmetic import STEP_MIX, check_row, check_rows, make_rows, value_of
-from dataset import clean_answer, extract_answer, load_rows
+from dataset import clean_answer, extract_answer
+from tokens import load_rows
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 import dataset
 from coconut import Coconut
-from dataset import MyCollator, StageDataset, TokenTable, drawn_stage
+from dataset import MyCollator, StageDataset, drawn_stage
+from tokens import TokenTable
 
 START, END, LATENT, EOS = 90, 91, 92, 99
 BARE = {"bare": True, "c_thought": 0}  # without markers

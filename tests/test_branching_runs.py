@@ -20,7 +20,7 @@ from analysis.branching_cost import branch_works
 from analysis.branching_settings import read_settings
 from analysis.noise_asker import trained as trained_asker
 from analysis.stats import holm, mcnemar, wilson
-from utils import read_json
+from files import read_json
 
 N = 24
 FLAGS = ["--scales", "0.5", "2", "--num-branches", "3", "--num-questions", str(N), "--max-new-tokens", "8"]

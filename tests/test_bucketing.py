@@ -7,7 +7,8 @@ import pytest
 
 from backbones import add_thought_tokens, load_tokenizer
 from batches import _bucketed, epoch_batches, padding_share, prefetched
-from dataset import Lengths, TokenTable, get_cot_latent_dataset, get_dataset, padded_layout
+from dataset import Lengths, get_cot_latent_dataset, padded_layout
+from tokens import TokenTable, get_dataset
 from utils import check_config
 
 GSM_STAGES = (0, 4)  # all steps written; none left

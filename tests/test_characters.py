@@ -8,8 +8,8 @@ from conftest import ROOT
 
 from backbones import THOUGHT_TOKENS, add_thought_tokens, load_backbone, load_tokenizer
 from backbones.characters import PRINTABLE, SPECIAL, COCONUTTokenizer, write
-from dataset import TokenTable, get_dataset
 from run import main
+from tokens import TokenTable, get_dataset
 
 FOLDER = str(ROOT / "backbones/characters")
 

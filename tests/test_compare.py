@@ -12,7 +12,8 @@ from run_material import write_config
 
 import run
 from analysis import compare, differences
-from utils import Config, write_json
+from files import write_json
+from utils import Config
 
 TIED = ("base_causallm.transformer.wte.weight", "base_causallm.lm_head.weight", "embedding.weight")
 

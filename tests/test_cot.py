@@ -17,7 +17,7 @@ from conftest import ROOT
 from backbones.characters import COCONUTTokenizer
 from data import cot, cot_api, cot_basic, cot_multistep
 from data.cot_problems import check_row, check_steps, evaluate, two_places
-from dataset import load_rows
+from tokens import load_rows
 
 BASIC, MULTI = cot_basic.CATEGORIES, cot_multistep.CATEGORIES
 BOTH = BASIC | MULTI

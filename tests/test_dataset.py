@@ -8,21 +8,10 @@ import pytest
 from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 
-import dataset
+import tokens
 from backbones import add_thought_tokens, load_tokenizer
-from dataset import (
-    MyCollator,
-    TokenTable,
-    clean_answer,
-    extract_answer,
-    extract_steps,
-    get_cot_latent_dataset,
-    get_dataset,
-    get_question_latent_dataset,
-    load_rows,
-    no_garbage_collection,
-    question_hash,
-)
+from dataset import MyCollator, clean_answer, extract_answer, extract_steps, get_cot_latent_dataset, get_question_latent_dataset
+from tokens import TokenTable, get_dataset, load_rows, no_garbage_collection, question_hash
 from utils import check_config
 
 FLAGS = {
@@ -287,8 +276,8 @@ def test_question_hash_names_the_question_only():
 @pytest.fixture
 def calls(words, monkeypatch):
     """A list that grows with every batch of texts that is tokenised."""
-    made, real = [], dataset._encode
-    monkeypatch.setattr(dataset, "_encode", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    made, real = [], tokens._encode
+    monkeypatch.setattr(tokens, "_encode", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
     return made
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import run
-from dataset import COCONUTDataset, load_rows, training_stage
+from dataset import COCONUTDataset, training_stage
+from tokens import load_rows
 
 
 def steps(folder) -> list[dict]:

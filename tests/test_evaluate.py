@@ -21,15 +21,9 @@ from evaluate_material import (
 )
 
 import backbones
-from dataset import (
-    MyCollator,
-    TokenTable,
-    get_cot_latent_dataset,
-    get_dataset,
-    get_question_latent_dataset,
-    question_hash,
-)
+from dataset import MyCollator, get_cot_latent_dataset, get_question_latent_dataset
 from evaluate import evaluate_loss, generate_records, shard_batches, summarize
+from tokens import TokenTable, get_dataset, question_hash
 from world import World
 
 # ---------------------------------------------------------------------------------------------------- sharding

@@ -19,7 +19,7 @@ from analysis.factorial_stats import CELLS
 from analysis.subject import Problems, Subject
 from backbones.memory_layers import counting_reads
 from checkpoint import build_model
-from utils import read_json, read_jsonl
+from files import read_json, read_jsonl
 
 SHIPPED = ROOT / "args/lahr_factorial.yaml"
 TINY = {

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 from data import gsm
-from dataset import clean_answer, extract_answer, load_rows
+from dataset import clean_answer, extract_answer
+from tokens import load_rows
 
 # One line of each kind that the files have, or may have, and what the stock converter makes of it (written out by hand).
 LINES = [

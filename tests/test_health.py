@@ -18,7 +18,7 @@ from analysis.health_words import answers, encoded, limits, longest_run, statist
 from backbones import load_tokenizer
 from backbones.cognate import CognateConfig
 from backbones.lahr import LahrConfig
-from utils import read_jsonl
+from files import read_jsonl
 
 RUN = "learning_rate,weights_move,validation,disjoint"
 

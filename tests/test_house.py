@@ -8,21 +8,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"attention", "taps", "passes", "generation", "coconut", "recompute", "compiled", "backbones", "optimizers", "lora"}
-DATA = {"dataset", "batches"}
-CORE = (
-    MODEL
-    | DATA
-    | {"utils", "world", "stopping", "accounting", "reporting", "microbatch", "parallel", "averaging", "monitoring"}
-)
+DATA = {"tokens", "dataset", "batches"}
+BASIS = {"files", "config_rules", "utils", "world", "stopping"}
+AROUND = {"accounting", "reporting", "microbatch", "parallel", "averaging", "monitoring"}
+CORE = MODEL | DATA | BASIS | AROUND
 RUNS = {"checkpoint", "sharding", "run_folder", "phase1", "saving", "evaluate"}
 MAY_IMPORT = {
     **{name: set() for name in CORE},
     "generation": {"attention"},
     "coconut": {"attention", "generation", "passes", "taps"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
+    "dataset": {"tokens"},
     "batches": {"dataset"},
-    "utils": {"optimizers"},
-    "reporting": {"accounting", "utils"},
+    "utils": {"config_rules", "optimizers"},
+    "reporting": {"accounting", "files"},
     "monitoring": {"dataset"},
     "parallel": {"sharding"},
     "checkpoint": CORE,
@@ -32,7 +31,8 @@ MAY_IMPORT = {
     "run_folder": CORE | {"checkpoint", "sharding"},
     "phase1": CORE | {"checkpoint", "run_folder"},
     "saving": CORE | {"checkpoint", "sharding", "run_folder"},
-    "training": CORE | RUNS,
+    "updates": CORE | RUNS,
+    "training": CORE | RUNS | {"updates"},
     "run": CORE | RUNS | {"training"},
     "data": {"data"},
     "analysis": CORE | RUNS | {"two_choice", "data", "analysis"},

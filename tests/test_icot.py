@@ -12,8 +12,9 @@ import torch
 from config_material import errors
 
 import run
-from dataset import StageDataset, TokenTable, removed_tokens
+from dataset import StageDataset, removed_tokens
 from run_folder import read_state
+from tokens import TokenTable
 from training import starts_fresh
 from utils import check_config
 

@@ -14,7 +14,8 @@ import run
 from analysis import replay
 from checkpoint import read_whole
 from coconut import Coconut
-from utils import Config, micro_seed, whole_file
+from files import whole_file
+from utils import Config, micro_seed
 
 EMBEDDING, FIRST_NORM = "base_causallm.transformer.wte.weight", "base_causallm.transformer.h.0.ln_1"
 

@@ -9,9 +9,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from coconut import Coconut
+from files import read_jsonl
 from optimizers import build_optimizer, learning_rate
 from reporting import Metrics, wanted
-from utils import Config, read_jsonl
+from utils import Config
 
 MINIMAL = {"save_path": "out", "coconut": True, "train_path": "train.json", "val_path": "valid.json"}
 

@@ -10,8 +10,8 @@ import torch
 from checkpoint_material import make_config, same, started, touch, write_backbone
 
 import checkpoint
+import files
 import run
-import utils
 from backbones.tiny import word_tokenizer, write
 from checkpoint import build_model, numbered_checkpoints, stored_weights
 from optimizers import build_optimizer
@@ -286,7 +286,7 @@ def test_failed_write_keeps_what_was_there_and_names_the_remedy(config_for, monk
 
 def test_full_disk_at_the_side_file_names_the_remedy_too(config_for, monkeypatch):
     folder, model = started(config_for())
-    monkeypatch.setattr(utils.json, "dump", lambda value, file, **_: full_disk(value, file.buffer))
+    monkeypatch.setattr(files.json, "dump", lambda value, file, **_: full_disk(value, file.buffer))
     with pytest.raises(ValueError, match="make room"):
         folder.save_checkpoint(model, Position(epoch=2))
     assert numbered_checkpoints(folder.path) == [1]

@@ -11,11 +11,11 @@ from checkpoint_material import make_config, same, started, write_backbone
 import run_folder
 import saving
 from checkpoint import numbered_checkpoints, read_weights, stored_weights
+from files import NoRoom, read_json
 from optimizers import build_optimizer
 from parallel import Alone
 from run_folder import Position
 from saving import Saver, Writer
-from utils import NoRoom, read_json
 from world import World
 
 ONE = World(0, 1, torch.device("cpu"))

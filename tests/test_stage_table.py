@@ -16,7 +16,7 @@ from analysis.stage_table import COLUMNS, last_of_stages, main, steps_trained
 from analysis.step_rates import step_flops, step_rates
 from analysis.subject import Problems, Subject
 from coconut import decoder_blocks
-from dataset import TokenTable, get_dataset
+from tokens import TokenTable, get_dataset
 
 FAST = ["--repeats", "3", "--steps", "1"]
 

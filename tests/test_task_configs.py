@@ -13,8 +13,10 @@ import run
 from analysis.evaluations import COUNTED, CURRICULUM, ROWS, is_last_stage, row_of
 from analysis.gsm_recipe import OTHER_NAMES
 from analysis.table1 import PAPER
-from dataset import TokenTable, get_cot_latent_dataset, get_dataset, get_question_latent_dataset
-from utils import METHOD_FLAGS, Config, load_config
+from config_rules import METHOD_FLAGS
+from dataset import get_cot_latent_dataset, get_question_latent_dataset
+from tokens import TokenTable, get_dataset
+from utils import Config, load_config
 
 ARGS, TASKS, STAND_IN = ROOT / "args", ("gsm", "prontoqa", "prosqa"), "arith_gsm"
 CHARACTERS = str(ROOT / "backbones/characters")

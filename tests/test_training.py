@@ -11,6 +11,7 @@ import torch
 import run
 import training
 from accounting import PHASES
+from batches import dealt, micro_batches
 from dataset import Lengths
 from optimizers import build_optimizer, can_skip
 from run_folder import Position
@@ -123,7 +124,7 @@ def test_batches_are_made_for_each_rank():
     groups = [[np.array([i]) for i in numbers] for numbers in ([0, 1, 2, 3], [4, 5, 6])]
     lengths = Lengths(*[np.array([9, 8, 7, 6, 5, 4, 3])] * 4)
     device = torch.device("cpu")
-    made = [training.micro_batches(groups, range(2), lengths, World(rank, 2, device)) for rank in (0, 1)]
+    made = [micro_batches(groups, range(2), lengths, World(rank, 2, device)) for rank in (0, 1)]
     mine = [[int(numbers[0]) for numbers in batches] for batches in made]
     assert mine == [[0, 3, 4, 4], [1, 2, 5, 6]], "a rank with none left repeats the first of the group"
 
@@ -239,7 +240,7 @@ def test_every_micro_batch_is_dealt_once_and_evenly(n, n_processes):
     widths = np.random.default_rng(n).integers(10, 100, 2 * n)
     lengths = Lengths(*[widths] * 4)
     group = [np.array([2 * i, 2 * i + 1]) for i in range(n)]
-    hands = [training.dealt(group, lengths, World(rank, n_processes, torch.device("cpu"))) for rank in range(n_processes)]
+    hands = [dealt(group, lengths, World(rank, n_processes, torch.device("cpu"))) for rank in range(n_processes)]
     assert sorted(place for hand in hands for place in hand) == list(range(n))
     assert all(hand == sorted(hand) for hand in hands) and max(map(len, hands)) == -(-n // n_processes)
 
@@ -249,7 +250,7 @@ def test_dealing_by_width_leaves_less_to_wait_for():
     for seed in range(50):
         widths = np.random.default_rng(seed).integers(10, 100, 16)
         lengths = Lengths(*[widths] * 4)
-        hands = [training.dealt(group, lengths, World(rank, 2, torch.device("cpu"))) for rank in range(2)]
+        hands = [dealt(group, lengths, World(rank, 2, torch.device("cpu"))) for rank in range(2)]
         for name, places in {"dealt": hands, "in turn": [range(0, 8, 2), range(1, 8, 2)]}.items():
             first, second = (sum(int(widths[group[i]].max()) for i in hand) for hand in places)
             apart[name] += abs(first - second)

@@ -8,7 +8,8 @@ import yaml
 from config_material import MINIMAL, config_of, errors
 
 import run
-from utils import load_config, micro_seed, read_jsonl, whole_file, write_json
+from files import read_jsonl, whole_file, write_json
+from utils import load_config, micro_seed
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 

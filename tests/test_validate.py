@@ -25,10 +25,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import backbones
 from coconut import Coconut
-from dataset import TokenTable, get_dataset, get_question_latent_dataset
+from dataset import get_question_latent_dataset
 from evaluate import generate_records, validate
+from files import read_jsonl
+from tokens import TokenTable, get_dataset
 from two_choice import has_options, score_options
-from utils import read_jsonl
 
 # ---------------------------------------------------------------------------------------------------- two choices
 

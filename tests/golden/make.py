@@ -23,7 +23,7 @@ from golden import families  # noqa: E402
 from golden.drift import as_text, difference, made_with, read_record, report  # noqa: E402
 from run_material import BASE  # noqa: E402
 
-from utils import whole_file  # noqa: E402
+from files import whole_file  # noqa: E402
 
 
 def pick_salt(name: str) -> tuple[int, float]:
