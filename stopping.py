@@ -6,6 +6,7 @@ with StopSignals() as stop:           # SIGTERM, SIGUSR1 (SLURM's warning), SIGI
 """
 
 import signal
+import threading
 from contextlib import contextmanager
 
 DONE, NOT_FINITE, MISTAKE = 0, 1, 2
@@ -33,7 +34,8 @@ class StopSignals:
         return self.name is not None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._take_note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take_note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:

@@ -9,7 +9,6 @@ again. Below <results>/<name>: scores/, logs/, ablations.json, ablations.md, abl
 training failed, 2 a mistake in the command or a config, 75 interrupted.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,9 +17,10 @@ if __package__ in (None, ""):  # run as `python analysis/ablations.py`
 
 from analysis.ablation_plan import Plan, load_ablations  # noqa: E402
 from analysis.ablation_report import gathered, is_scored, score, text, write  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.jobs import run_jobs  # noqa: E402
 from analysis.tables import table  # noqa: E402
-from stopping import REQUEUE  # noqa: E402
+from stopping import StopSignals  # noqa: E402
 
 TINY, FULL = Path("args/ablations.yaml"), Path("args/ablations_full.yaml")
 
@@ -54,10 +54,9 @@ def run(plan: Plan, processes: int) -> list[str]:
     return failed
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/ablations.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "scripts/ablations.sh")
     parser.add_argument("config", type=Path, nargs="?", help=f"a YAML like {TINY} (default)")
     parser.add_argument("--full", action="store_true", help=f"{FULL}: the sizes of the paper, for a GPU")
     parser.add_argument("--quick", action="store_true", help="the YAML's small version: seconds, and no findings")
@@ -65,29 +64,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
     parser.add_argument("--analyse-only", action="store_true", help="train and score nothing; tables from the scores on disk")
     args = parser.parse_args(argv)
-    try:
-        if args.full and args.config:
-            raise ValueError(f"--full is {FULL}; name it, or {args.config}, but not both")
-        config = load_ablations(args.config or (FULL if args.full else TINY))
-        plan, processes = Plan(config, args.quick), config.processes if args.processes is None else args.processes
-        if processes < 1:
-            raise ValueError(f"--processes {processes}: at least 1")
-        failed = []
-        if not args.analyse_only:
-            print(plan_text(plan, processes), flush=True)
-            for member in [*plan.starts.values(), *plan.points]:
-                member.check()
-            if args.dry_run:
-                return 0
+    if args.full and args.config:
+        raise ValueError(f"--full is {FULL}; name it, or {args.config}, but not both")
+    config = load_ablations(args.config or (FULL if args.full else TINY))
+    plan, processes = Plan(config, args.quick), config.processes if args.processes is None else args.processes
+    if processes < 1:
+        raise ValueError(f"--processes {processes}: at least 1")
+    failed = []
+    if not args.analyse_only:
+        print(plan_text(plan, processes), flush=True)
+        for member in [*plan.starts.values(), *plan.points]:
+            member.check()
+        if args.dry_run:
+            return 0
+        with StopSignals():
             failed = run(plan, processes)
-        result = gathered(plan)
-        write(result, plan.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return REQUEUE
+    result = gathered(plan)
+    write(result, plan.out)
     print("\n" + text(result))
     print(f"Written: {plan.out}/ablations.json, ablations.md, ablations.svg, ablations.png")
     if failed:

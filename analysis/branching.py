@@ -25,27 +25,22 @@ from analysis.branching_report import coverage_figure, diversity_figure, report 
 from analysis.branching_results import cell_record, result_of, save_checkpoint  # noqa: E402
 from analysis.branching_rollout import Branch, Branching, Cell  # noqa: E402
 from analysis.branching_settings import Branches, BranchSettings, read_settings  # noqa: E402
+from analysis.command import command  # noqa: E402
 from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_results import not_a_run_folder, question_record, same_run, unfinished  # noqa: E402
 from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info  # noqa: E402
 from files import read_json, whole_file, write_json  # noqa: E402
-from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
+from stopping import Stopped, StopSignals  # noqa: E402
 
 FINAL = "final_results.json"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; see the module for the exit codes."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        with StopSignals() as stop:
-            return experiment(read_settings(argv, __doc__), stop)
-    except Stopped as stopped:
-        print(f"{stopped}: the same command goes on from here", file=sys.stderr)
-        return REQUEUE
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
+    with StopSignals() as stop:
+        return experiment(read_settings(argv, __doc__), stop)
 
 
 def experiment(asked: BranchSettings, stop: StopSignals) -> int:

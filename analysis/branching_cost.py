@@ -7,7 +7,6 @@ result("branches", shape, **ratio(taken, "K = 5", "K = 1"))
 python -m analysis.branching_cost --checkpoint runs/quickstart/m3_coconut       # the ratio, taken side by side
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ if __package__ in (None, ""):  # run as `python analysis/branching_cost.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis.branching_rollout import Branching, Cell  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.noise_asker import Asker, trained  # noqa: E402
 from analysis.noise_operators import Noise  # noqa: E402
 
@@ -35,10 +35,9 @@ def branch_works(asker: Asker, numbers: Sequence[int] = (1, 5), batch_size: int 
     return {f"K = {k}": work(k) for k in numbers}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.branching_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.branching_cost")
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or file of a model with thoughts")
     parser.add_argument("--data", type=Path, help="questions (default: the checkpoint's test file)")
     parser.add_argument("--num-questions", type=int, default=64, help="default: 64")
@@ -46,12 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     args = parser.parse_args(argv)
-    try:
-        asker = trained(args.checkpoint, data=args.data, num_questions=args.num_questions)
-        works = branch_works(asker, (1, args.num_branches), args.batch_size)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    asker = trained(args.checkpoint, data=args.data, num_questions=args.num_questions)
+    works = branch_works(asker, (1, args.num_branches), args.batch_size)
     ratios = []
     for number in range(-1, args.rounds):  # the first round warms up
         seconds = []

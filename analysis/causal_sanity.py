@@ -17,8 +17,8 @@ if __package__ in (None, ""):  # run as `python analysis/causal_sanity.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis import effects, tracing  # noqa: E402
+from analysis.command import CheckFailed  # noqa: E402
 from analysis.experiment import SCHEMA_VERSION, Experiment, Task  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from files import write_json  # noqa: E402
 
 RESULT = "exp0_sanity_result.json"

@@ -11,7 +11,6 @@ repeated to the bit is said. NaN equals NaN. Updates count from 0, as `train/ste
 Exit code: 0 equal in all they share, 1 different, 2 nothing to compare or a mistake.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/compare.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.differences import EVAL_FIELDS, Side, apart, differences, same, size  # noqa: E402
 from files import whole_file, write_json  # noqa: E402
 
@@ -162,28 +162,25 @@ def plot(result: dict, a: Path, b: Path, path: Path) -> None:
         file.write(content)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("a", type=Path, metavar="runA", help="run folder")
     parser.add_argument("b", type=Path, metavar="runB", help="run folder")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--plot", type=Path, help="draw |difference of the losses| against the update to this PNG")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every tensor that differs")
     args = parser.parse_args(argv)
-    try:
-        result = differences(args.a, args.b)
-        print(verdict(result), f"A  {args.a}", f"B  {args.b}", sep="\n", end="\n\n")
-        rows = lines(result, args.verbose)
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        for row in rows:
-            print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())
-        if args.json:
-            write_json(args.json, strict(result | {"verdict": verdict(result)}))
-        if args.plot:
-            plot(result, args.a, args.b, args.plot)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = differences(args.a, args.b)
+    print(verdict(result), f"A  {args.a}", f"B  {args.b}", sep="\n", end="\n\n")
+    rows = lines(result, args.verbose)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())
+    if args.json:
+        write_json(args.json, strict(result | {"verdict": verdict(result)}))
+    if args.plot:
+        plot(result, args.a, args.b, args.plot)
     return {True: 0, False: 1, None: 2}[result["equal"]]
 
 

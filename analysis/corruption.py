@@ -27,9 +27,10 @@ import json  # noqa: E402
 import numpy as np  # noqa: E402
 
 from analysis import transplant  # noqa: E402
+from analysis.command import CheckFailed  # noqa: E402
 from analysis.experiment import Experiment, Task, share  # noqa: E402
 from analysis.levels import ABLATIONS, CHAINS, FIELDS, NO_OPS, SCALES, Levels, mean, planned, sensitivities  # noqa: E402
-from analysis.self_checks import TOLERANCE, CheckFailed  # noqa: E402
+from analysis.self_checks import TOLERANCE  # noqa: E402
 from analysis.slots import Calibration, Run, aim_of, answer_runs, compared, margin_of, marked, replacements  # noqa: E402
 from analysis.subject import Subject  # noqa: E402
 from analysis.transplant import MATCHED, SWAP, UNMATCHED  # noqa: E402

@@ -24,6 +24,7 @@ from statistics import fmean
 if __package__ in (None, ""):  # run as `python analysis/curriculum.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.runlog import Accuracy, read_json  # noqa: E402
 from analysis.runs import MODELS, Run, load_study  # noqa: E402
 from analysis.stats import noise_floor, seed_interval, wilson  # noqa: E402
@@ -292,38 +293,33 @@ def write(path: Path, value: dict) -> None:
     temporary.replace(path)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: some run has no sound account; 2: a mistake in the command, or nothing to read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.curriculum", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.curriculum")
     parser.add_argument("--study", type=Path, help="a study's result folder, whose study.json names its runs")
     parser.add_argument("--logs", type=Path, help="a folder of logs (m3_coconut.log, m3_coconut-s1.log, ...) instead")
     parser.add_argument("--runs", type=Path, help="with --logs: the folder of run folders (default: as the logs say)")
     parser.add_argument("--output_dir", type=Path, help="default: results, or with --study its folder final")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
-    command = " ".join(["python", "-m", "analysis.curriculum", *argv])
-    try:
-        runs, results, unsound, waiting = runs_of(args), {}, {}, []
-        for run in runs:
-            try:
-                found = curve_of(run)
-            except ValueError as error:
-                unsound[run.label] = str(error)
-                continue
-            if found is None:
-                waiting.append(run.label)
-            else:
-                results[run.label] = found | {"command": command}
-        if not results and not unsound:
-            raise ValueError(f"{args.study or args.logs}: no run has validated an epoch yet; train one first")
-        out = (args.output_dir or (args.study / "final" if args.study else Path("results"))) / "curriculum"
-        out.mkdir(parents=True, exist_ok=True)
-        save(out, results, unsound, waiting)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    typed = " ".join(["python", "-m", "analysis.curriculum", *argv])
+    runs, results, unsound, waiting = runs_of(args), {}, {}, []
+    for run in runs:
+        try:
+            found = curve_of(run)
+        except ValueError as error:
+            unsound[run.label] = str(error)
+            continue
+        if found is None:
+            waiting.append(run.label)
+        else:
+            results[run.label] = found | {"command": typed}
+    if not results and not unsound:
+        raise ValueError(f"{args.study or args.logs}: no run has validated an epoch yet; train one first")
+    out = (args.output_dir or (args.study / "final" if args.study else Path("results"))) / "curriculum"
+    out.mkdir(parents=True, exist_ok=True)
+    save(out, results, unsound, waiting)
     for label, reason in unsound.items():
         print(f"error: {label}: {reason}", file=sys.stderr)
     print(f"Written: {out}/results.json, {len(results)} runs")

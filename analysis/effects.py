@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.self_checks import TOLERANCE, CheckFailed
+from analysis.command import CheckFailed
+from analysis.self_checks import TOLERANCE
 from analysis.stats import bootstrap_mean, ratio_of_means
 from analysis.tracing import Group
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.command import CheckFailed
 from analysis.experiment import Task
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject
 from data.edge_pairs import UNBALANCED, check_edge_pair
 from data.ood_checks import FAIR, check_swap_pair, pairs_of

@@ -28,7 +28,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.self_checks import CheckFailed, self_checks
+from analysis.command import CheckFailed, command, parser_of
+from analysis.self_checks import self_checks
 from analysis.subject import Problems, Subject
 from analysis.summary import level
 from checkpoint import versions
@@ -132,9 +133,7 @@ class Experiment:
     # ------------------------------------------------------------ the command line
 
     def parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m analysis.{self.name}", description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = parser_of(self.doc, f"python -m analysis.{self.name}")
         what = parser.add_argument_group("what is measured")
         what.add_argument("--checkpoint", nargs="+", type=Path, help="checkpoint files or run folders")
         what.add_argument("--study", type=Path, help="a study's result folder instead, whose study.json names its runs")
@@ -154,16 +153,13 @@ class Experiment:
         self.own_flags = tuple(action.dest for action in parser._actions if action.dest not in before)
         return parser
 
+    @command
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run from the command line. 0: all done; 1: a check failed; 2: a mistake in the command or its files."""
         argv = sys.argv[1:] if argv is None else list(argv)
         args = self.parser().parse_args(argv)
         args.command = " ".join(["python", "-m", f"analysis.{self.name}", *argv])
-        try:
-            return self.run(args)
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+        return self.run(args)
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure every checkpoint that the arguments name; see `main`."""

@@ -8,19 +8,19 @@ command again. Below results/<name>: data/, runs/, logs/, scores/, factorial.jso
 code: 0 done, 1 a training failed, 2 a mistake in the command or a config, 75 interrupted.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as `python analysis/factorial.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.factorial_plan import FLAGS, Plan, load_factorial  # noqa: E402
 from analysis.factorial_report import gathered, text, write  # noqa: E402
 from analysis.factorial_stats import FUTILE_AFTER, power_text  # noqa: E402
 from analysis.jobs import run_jobs  # noqa: E402
 from analysis.tables import table  # noqa: E402
-from stopping import REQUEUE  # noqa: E402
+from stopping import StopSignals  # noqa: E402
 
 
 def plan_text(plan: Plan, processes: int, every_line: bool) -> str:
@@ -62,10 +62,9 @@ def futile(result: dict) -> bool:
     return all(found["futility"]["stop"] for found in result["outcomes"].values())
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/factorial.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "scripts/factorial.sh")
     parser.add_argument("config", type=Path, help="the study's YAML, args/lahr_factorial.yaml")
     parser.add_argument("--processes", type=int, help="trainings side by side, one thread each (default: the YAML's)")
     parser.add_argument("--seeds", help="only these seeds of the YAML, by comma")
@@ -74,29 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print power and plan, and stop")
     parser.add_argument("--analyse-only", action="store_true", help="train nothing; statistics from the scores on disk")
     args = parser.parse_args(argv)
-    try:
-        study = load_factorial(args.config)
-        plan = Plan(study, args.quick, args.seeds and seed_list(args.seeds), args.cells and args.cells.split(","))
-        processes = study.processes if args.processes is None else args.processes
-        if processes < 1:
-            raise ValueError(f"--processes {processes}: at least 1")
-        left, stopped = [], False
-        if not args.analyse_only:
-            print(power_text(len(plan.seeds), study.alpha) + "\n")
-            print(plan_text(plan, processes, args.dry_run), flush=True)
-            for member in plan.members:
-                member.check()
-            if args.dry_run:
-                return 0
+    study = load_factorial(args.config)
+    plan = Plan(study, args.quick, args.seeds and seed_list(args.seeds), args.cells and args.cells.split(","))
+    processes = study.processes if args.processes is None else args.processes
+    if processes < 1:
+        raise ValueError(f"--processes {processes}: at least 1")
+    left, stopped = [], False
+    if not args.analyse_only:
+        print(power_text(len(plan.seeds), study.alpha) + "\n")
+        print(plan_text(plan, processes, args.dry_run), flush=True)
+        for member in plan.members:
+            member.check()
+        if args.dry_run:
+            return 0
+        with StopSignals():
             left, stopped = train(plan, processes)
-        result = gathered(plan)
-        write(result, plan.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return REQUEUE
+    result = gathered(plan)
+    write(result, plan.out)
     print("\n" + text(result))
     if stopped:
         print(f"Stopped for futility after {FUTILE_AFTER} seeds; set futility_stop: false to go on all the same")

@@ -9,7 +9,6 @@ memory were read, how often the backbone was called.
 Shape letters: B rows, T columns, R routed layers.
 """
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from accounting import Shape, training_flops  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.scoring import score, stage_rows, summary  # noqa: E402
 from analysis.step_rates import step_flops  # noqa: E402
 from analysis.subject import Problems, Subject  # noqa: E402
@@ -175,24 +175,19 @@ def scores_of(folder: Path, test: Path) -> dict:
     }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.factorial_scores", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.factorial_scores")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--test", type=Path, required=True, help="test rows (JSON)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, RUN.json each")
     args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for folder in args.runs:
-            found = scores_of(folder, args.test)
-            write_json(args.out / f"{folder.name}.json", found)
-            reached = f"answer loss {found['answer_loss']:.4f}, exact match {100 * found['exact_match']:.1f} %"
-            print(f"{folder.name}: checkpoint {found['checkpoint']['epoch']}, {reached}", flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in args.runs:
+        found = scores_of(folder, args.test)
+        write_json(args.out / f"{folder.name}.json", found)
+        reached = f"answer loss {found['answer_loss']:.4f}, exact match {100 * found['exact_match']:.1f} %"
+        print(f"{folder.name}: checkpoint {found['checkpoint']['epoch']}, {reached}", flush=True)
     return 0
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as `python analysis/gates.py`
     sys.path[0] = str(ROOT)
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.findings import Findings  # noqa: E402
 from analysis.gate_post import post_checks, red_flags, summary  # noqa: E402
 from analysis.gate_result import CLEAR, FAIL, NOT_YET, RAISED, Result, append_records, read_records, render  # noqa: E402
@@ -31,7 +32,7 @@ from analysis.runs import LOG_STEMS, MODELS, Run, find_folder, folder_key, load_
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "gates.py")
     parser.add_argument("--gate", required=True, choices=[*GATES, "all", "post", "flags"], help="which rule to apply")
     parser.add_argument("--log", action="append", type=Path, default=[], help="log of one run; repeat for a second")
     parser.add_argument("--run", type=Path, help="run folder of that run (default: as its log or name says)")
@@ -122,20 +123,17 @@ def exit_code(gate: str, results: list[Result], study: Study) -> int:
     return 2 if any(result.status == NOT_YET for result in results) else 0
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Judge, print, record; returns the exit code."""
     args = parse_args(argv)
-    try:
-        study = gather(args)
-        run_parent = args.run.parent if args.run else None
-        beside = [args.logs, *(log.parent for log in args.log), args.runs, run_parent, Path(".")]
-        out = args.out or next(place for place in beside if place) / "gates.json"
-        study = replace(study, history=read_records(out))
-        results = judge(args.gate, study)
-        append_records(out, results)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    study = gather(args)
+    run_parent = args.run.parent if args.run else None
+    beside = [args.logs, *(log.parent for log in args.log), args.runs, run_parent, Path(".")]
+    out = args.out or next(place for place in beside if place) / "gates.json"
+    study = replace(study, history=read_records(out))
+    results = judge(args.gate, study)
+    append_records(out, results)
     print(render(results, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     blocking = sum(result.blocking for result in results)
     failed = any(result.status == FAIL for result in results)

@@ -26,22 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as `python analysis/gsm_recipe.py`
     sys.path[0] = str(ROOT)
 
+from analysis.command import CheckFailed, command, parser_of  # noqa: E402
 from analysis.evaluations import HYBRID_SHARE, ROWS, is_last_stage, read_evaluation, share_with_steps  # noqa: E402
 from analysis.table1 import tasks_of, text_of, write  # noqa: E402
 from config_rules import METHOD_FLAGS  # noqa: E402
 from files import read_json, read_jsonl  # noqa: E402
-from stopping import DONE, MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
+from stopping import DONE, REQUEUE, StopSignals  # noqa: E402
 from tokens import existing  # noqa: E402
 from utils import Config, load_config  # noqa: E402
 
 OTHER_NAMES = {"prosqa_cot": "prosqa_m1_cot", "prosqa_no_cot": "prosqa_m2_nocot", "prosqa_wo_thought": "prosqa_m0_nothought"}
 OWN_KEYS = ("name", "seed", "save_path", "val_path", "load_model_path", "resume", "only_eval")  # which the recipe sets
 SAME_KEYS = (*METHOD_FLAGS, "icot", "c_thought", "epochs_per_stage", "max_latent_stage", "pad_latent_to_max", "model_id")
-HYBRID = 1  # the exit code where nothing may be called latent
 Launch = Callable[[list[str]], int]  # run.py with these arguments; its exit code
 
 
-class OnlyHybrids(Exception):
+class OnlyHybrids(CheckFailed):
     """No checkpoint of the last stage stopped writing steps."""
 
 
@@ -261,10 +261,9 @@ def launcher(gpus: int) -> Launch:
     return launch
 
 
+@command
 def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gsm_recipe.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "gsm_recipe.sh")
     parser.add_argument("--args-prefix", default="gsm", help="configs args/PREFIX_ROW.yaml; with a slash a path (default: gsm)")
     parser.add_argument("--rows", default="cot,coconut", help=f"rows of the table, of {','.join(ROWS)} (default: cot,coconut)")
     parser.add_argument("--seed", type=int, default=0, help="its runs are called NAME-sN (default: 0, without a suffix)")
@@ -273,18 +272,8 @@ def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what is done and what is left, and do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of every config")
     args = parser.parse_args(argv)
-    try:
-        with StopSignals():
-            return recipe(args, launch or launcher(args.gpus))
-    except OnlyHybrids as error:
-        print(f"error: {error}", file=sys.stderr)
-        return HYBRID
-    except Stopped as stopped:
-        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-        return REQUEUE
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    with StopSignals():
+        return recipe(args, launch or launcher(args.gpus))
 
 
 def recipe(args: argparse.Namespace, launch: Launch) -> int:

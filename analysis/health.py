@@ -15,7 +15,6 @@ model before it was trained (`--trained_after` updates) is shown and not judged.
 2 a mistake in the call.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -27,6 +26,7 @@ if __package__ in (None, ""):  # run as `python analysis/health.py`
 
 import torch  # noqa: E402
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.health_checks import CHECKS, chosen, run_checks  # noqa: E402
 from analysis.health_patient import Patient, Result  # noqa: E402
 from checkpoint import versions  # noqa: E402
@@ -97,8 +97,9 @@ def print_report(patient: Patient, results: list[Result]) -> None:
     print(", ".join(f"{count[status]} {status}" for status in ("ok", "FAIL", "not applicable")))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run folder (its newest checkpoint) or a checkpoint file"
     )
@@ -110,22 +111,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="checks by name, with commas: " + ", ".join(CHECKS))
     parser.add_argument("--trained_after", type=int, default=100, help="updates before a model is judged as trained (100)")
     args = parser.parse_args(argv)
-    try:
-        names = chosen(args.only.split(",") if args.only is not None else None)
-        if args.num_samples < 2:
-            raise ValueError(f"--num_samples: {args.num_samples}; at least 2 rows are needed")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device: cuda is not available here; use cpu")
-        sizes = args.num_samples, args.device, args.seed, args.trained_after
-        patient = Patient.load(args.checkpoint, args.data, *sizes)
-        results = run_checks(patient, names)
-        print_report(patient, results)
-        output = args.output or patient.folder / "health.json"
-        write_json(output, report(patient, results))
-        print(f"Written: {output}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = chosen(args.only.split(",") if args.only is not None else None)
+    if args.num_samples < 2:
+        raise ValueError(f"--num_samples: {args.num_samples}; at least 2 rows are needed")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda is not available here; use cpu")
+    sizes = args.num_samples, args.device, args.seed, args.trained_after
+    patient = Patient.load(args.checkpoint, args.data, *sizes)
+    results = run_checks(patient, names)
+    print_report(patient, results)
+    output = args.output or patient.folder / "health.json"
+    write_json(output, report(patient, results))
+    print(f"Written: {output}")
     return 1 if any(r.ok is False for r in results) else 0
 
 

@@ -11,7 +11,6 @@ does better, of the loss and of the perplexity under their own names; intervals 
 picture (.svg, .png) beside it. Exit code: 0 done, 1 where targets are not the same, 2 a mistake.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -20,9 +19,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/latent_ablation.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import (  # noqa: E402
+    command,
+    parser_of,
+)
 from analysis.drawing import LOOKS, MUTED, legend, panel, save, sheet, styled  # noqa: E402
 from analysis.scoring import CONDITIONS, SCOPES, Scores, has_slots, same_tokens, score, summary  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.stats import mcnemar, ratio_of_means  # noqa: E402
 from analysis.subject import Problems, Subject  # noqa: E402
 from analysis.tables import change, number, percent, table  # noqa: E402
@@ -173,10 +175,9 @@ def stages_of(text: str | None, subject: Subject) -> list[int]:
     return [last if text is None else int(text)]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.latent_ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.latent_ablation")
     parser.add_argument("--checkpoint", nargs="+", type=Path, required=True, help="checkpoint files or run folders")
     parser.add_argument("--data", type=Path, required=True, help="held-out problems (JSON)")
     parser.add_argument("--stage", help="a stage of the curriculum, or all (default: its last)")
@@ -188,36 +189,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no_exact_match", action="store_true", help="losses only: answers are not decoded")
     args = parser.parse_args(argv)
-    try:
-        if args.output.suffix != ".json":
-            raise ValueError(f"--output {args.output}: must end in .json; the picture is named after it")
-        for name in ("num_samples", "batch_size"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-        load = {"epoch": args.epoch, "batch_size": args.batch_size, "device": args.device}
-        first, *others = (Subject.load(path, **load) for path in args.checkpoint)
-        if not has_slots(first):
-            raise ValueError(f"--checkpoint: {first.path} has no thoughts to take away; name a model with thoughts first")
-        options = {"exact_match": not args.no_exact_match, "seed": args.seed}
-        stages = stages_of(args.stage, first)
-        data = Problems.read(args.data, first.tokenizer, args.num_samples)
-        result = {
-            "schema_version": 1,
-            "data": {"path": str(args.data), "sha256": data.sha256, "n": len(data)},
-            "model": {"name": first.path.parent.name, **about(first)},
-            "settings": options | {"batch_size": first.batch_size},
-            "notes": NOTES,
-            "stages": [ablate(first, others, args.data, stage, args.num_samples, **options) for stage in stages],
-            "versions": versions(),
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, result)
-    except CheckFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if args.output.suffix != ".json":
+        raise ValueError(f"--output {args.output}: must end in .json; the picture is named after it")
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    load = {"epoch": args.epoch, "batch_size": args.batch_size, "device": args.device}
+    first, *others = (Subject.load(path, **load) for path in args.checkpoint)
+    if not has_slots(first):
+        raise ValueError(f"--checkpoint: {first.path} has no thoughts to take away; name a model with thoughts first")
+    options = {"exact_match": not args.no_exact_match, "seed": args.seed}
+    stages = stages_of(args.stage, first)
+    data = Problems.read(args.data, first.tokenizer, args.num_samples)
+    result = {
+        "schema_version": 1,
+        "data": {"path": str(args.data), "sha256": data.sha256, "n": len(data)},
+        "model": {"name": first.path.parent.name, **about(first)},
+        "settings": options | {"batch_size": first.batch_size},
+        "notes": NOTES,
+        "stages": [ablate(first, others, args.data, stage, args.num_samples, **options) for stage in stages],
+        "versions": versions(),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result)
     draw(result, args.output.with_suffix(""))
     print("\n".join(shown(stage) for stage in result["stages"]))
     print(f"Off at test time shows reliance only. Written: {args.output}, .svg, .png")

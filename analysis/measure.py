@@ -8,7 +8,6 @@ An experiment that is not defined for a model is left out; one whose checks fail
 the others go on.
 """
 
-import argparse
 import importlib
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/measure.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.experiment import Experiment, load_subject, named_checkpoints  # noqa: E402
 
 EXPERIMENTS = ("ood", "corruption", "confidence", "token_count", "causal_sanity", "causal_tracing", "psr", "probing")
@@ -59,10 +59,9 @@ def measure(paths: list[Path], names: list[str], shared: dict, own: dict[str, di
     return codes
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.measure")
     parser.add_argument("--checkpoint", nargs="+", type=Path, help="checkpoint files or run folders")
     parser.add_argument("--study", type=Path, help="a study's result folder instead")
     parser.add_argument("--models", help="with --study: keys or labels, by comma (default: all)")
@@ -73,23 +72,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=kind, help="as each experiment's own --help says")
     parser.add_argument("--force", action="store_true", help="measure again what is finished")
     args = parser.parse_args(argv)
-    try:
-        own: dict[str, dict] = {}
-        for item in args.set:
-            place, equals, value = item.partition("=")
-            name, dot, flag = place.partition(".")
-            if not (equals and dot):
-                raise ValueError(f"--set {item}: must have the form experiment.flag=value")
-            own.setdefault(name, {})[flag] = {"True": True, "False": False}.get(value, value)
-        names = args.experiments.split(",")
-        models = tuple(sorted({key for name in names + list(own) for key in experiment(name).models}))
-        shared = {name: getattr(args, name) for name in SHARED_FLAGS}
-        if args.study and not args.output_dir:
-            shared["output_dir"] = args.study / (args.epoch or "final")
-        codes = measure(named_checkpoints(args, models), names, shared, own)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    own: dict[str, dict] = {}
+    for item in args.set:
+        place, equals, value = item.partition("=")
+        name, dot, flag = place.partition(".")
+        if not (equals and dot):
+            raise ValueError(f"--set {item}: must have the form experiment.flag=value")
+        own.setdefault(name, {})[flag] = {"True": True, "False": False}.get(value, value)
+    names = args.experiments.split(",")
+    models = tuple(sorted({key for name in names + list(own) for key in experiment(name).models}))
+    shared = {name: getattr(args, name) for name in SHARED_FLAGS}
+    if args.study and not args.output_dir:
+        shared["output_dir"] = args.study / (args.epoch or "final")
+    codes = measure(named_checkpoints(args, models), names, shared, own)
     failed = [name for name, code in codes.items() if code]
     print(f"{len(codes) - len(failed)} of {len(codes)} experiments done" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return max(codes.values(), default=0)

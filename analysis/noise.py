@@ -17,33 +17,28 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/noise.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command  # noqa: E402
 from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_fits import plot  # noqa: E402
 from analysis.noise_results import not_a_run_folder, result_of, same_run  # noqa: E402
 from analysis.noise_settings import Settings, asks_for_branches, read_settings  # noqa: E402
 from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info, sweep  # noqa: E402
 from files import read_json, write_json  # noqa: E402
-from stopping import MISTAKE, REQUEUE, Stopped, StopSignals  # noqa: E402
+from stopping import StopSignals  # noqa: E402
 
 FINAL, CURVE = "final_results.json", "accuracy_decay_curve.png"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; see the module for the exit codes."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if asks_for_branches(argv):
-            from analysis import branching
+    if asks_for_branches(argv):
+        from analysis import branching
 
-            return branching.main(argv)
-        with StopSignals() as stop:
-            return experiment(read_settings(argv, __doc__), stop)
-    except Stopped as stopped:
-        print(f"{stopped}: the same command goes on from here", file=sys.stderr)
-        return REQUEUE
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
+        return branching.main(argv)
+    with StopSignals() as stop:
+        return experiment(read_settings(argv, __doc__), stop)
 
 
 def experiment(settings: Settings, stop: StopSignals) -> int:

@@ -6,7 +6,6 @@ Two panels a type. Left: where 300 draws put one vector of two dimensions (arrow
 noise and of the noisy vector against the scale, for vectors of 64 dimensions with norm 8, as multiples of it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.drawing import INK, LOOKS, MUTED, panel, sheet, styled, svg, write_whole  # noqa: E402
 from analysis.noise_operators import apply_noise_to_hidden_states, draw_generator  # noqa: E402
 from analysis.noise_settings import EVERY, SWEEPS  # noqa: E402
@@ -75,9 +75,10 @@ def _norms(axes: Axes, noise_type: str, direction: str | None) -> None:
     axes.legend()
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Write <type>.svg of every type to a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("noise_types"), help="default: analysis/noise_types"
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from analysis.command import parser_of
 from analysis.noise_fits import in_order
 from analysis.noise_operators import DIRECTIONS, NOISE_TYPES, SCHEDULES, Noise
 from analysis.settings_files import checked, read_yaml
@@ -146,9 +147,7 @@ class Settings(BaseModel):
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """The command line: a YAML and flags, one a key."""
-    made = argparse.ArgumentParser(
-        prog="python -m analysis.noise", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = parser_of(doc, "python -m analysis.noise")
     made.add_argument("config", nargs="?", type=Path, help="args/noise_*.yaml")
     for name, about in FLAGS.items():
         names = {f"--{name.replace('_', '-')}", f"--{name}"}

@@ -21,9 +21,9 @@ if __package__ in (None, ""):  # run as `python analysis/ood.py`
 import numpy as np  # noqa: E402
 from scipy.stats import bootstrap  # noqa: E402
 
+from analysis.command import CheckFailed  # noqa: E402
 from analysis.eval_sets import ID, blind, chosen_sets, no_room, sets_flag  # noqa: E402
 from analysis.experiment import Experiment, Task, share  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.stats import RESAMPLES, SEED  # noqa: E402
 from data.ood_checks import FAIR  # noqa: E402
 from data.prosqa_graph import sentence  # noqa: E402

@@ -31,11 +31,11 @@ if __package__ in (None, ""):  # run as `python analysis/probing.py`
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from analysis.command import CheckFailed  # noqa: E402
 from analysis.experiment import Experiment, Task  # noqa: E402
 from analysis.probe_cells import Cells, Plan  # noqa: E402
 from analysis.probe_fields import LEVEL, PAUSES, Found  # noqa: E402
 from analysis.probes import LEAST_MEMBERS, synthetic_clusters  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.subject import Prompts, Subject  # noqa: E402
 from checkpoint import build_model  # noqa: E402
 from files import whole_file  # noqa: E402

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from accounting import PHASES  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.figures import plt  # noqa: E402
 from files import read_jsonl, whole_file, write_json  # noqa: E402
 from utils import Config, load_config  # noqa: E402
@@ -297,10 +298,9 @@ def profile_run(args: argparse.Namespace) -> tuple[dict, Path]:
     return profile, out
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="profile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "profile.py")
     parser.add_argument("config", help="YAML file (see args/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
     parser.add_argument("--steps", type=int, default=20, help="updates to measure (default: 20)")
@@ -309,11 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="peak of the device, where the table does not know it")
     parser.add_argument("--out", type=Path, default=Path("results/profile"), help="default: results/profile")
     args = parser.parse_intermixed_args(argv)
-    try:
-        profile, out = profile_run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    profile, out = profile_run(args)
     print(f"\n{report(profile)}\n\nWritten: {out}/profile.json, profile.png")
     return 0
 

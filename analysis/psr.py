@@ -27,9 +27,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from analysis.command import CheckFailed  # noqa: E402
 from analysis.experiment import Experiment, Task, share  # noqa: E402
 from analysis.interventions import NOWHERE, Patch, Recorder, chain, gaussian  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.subject import Prompts, positions  # noqa: E402
 
 KINDS = ("own", "absolute", "orthogonal")

@@ -11,7 +11,6 @@ module whose output is not finite and the weights that are not. The last line sa
 Exit code: 0 all is finite here, 1 it happened again, 2 a mistake.
 """
 
-import argparse
 import math
 import sys
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as `python analysis/replay.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.compare import strict  # noqa: E402
 from checkpoint import build_model, read_whole  # noqa: E402
 from coconut import Coconut  # noqa: E402
@@ -283,21 +283,18 @@ def report(result: dict) -> None:
     print(f"\n{result['conclusion']}")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("batch", type=Path, help="nonfinite_batch_rank<r> in a run folder")
     parser.add_argument("--weights", type=Path, help="other weights, a checkpoint_N say (default: nonfinite_weights beside it)")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="where to compute (default: as the config says)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     args = parser.parse_args(argv)
-    try:
-        result = replay(args.batch, args.weights, args.device)
-        report(result)
-        if args.json:
-            write_json(args.json, strict(result))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = replay(args.batch, args.weights, args.device)
+    report(result)
+    if args.json:
+        write_json(args.json, strict(result))
     return 0 if result["finite"] else 1
 
 

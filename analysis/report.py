@@ -14,7 +14,6 @@ The same JSON gives the same bytes. Exit code: 0 written; 2 a mistake in the com
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import re
@@ -31,6 +30,7 @@ from markupsafe import Markup  # noqa: E402
 from analysis import gathered  # noqa: E402
 from analysis.accuracy_sections import accuracies  # noqa: E402
 from analysis.blocks import TEMPLATES, Section  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.drawing import inline, save, write_whole  # noqa: E402
 from analysis.experiment_sections import experiments  # noqa: E402
 from analysis.figures import PLATES  # noqa: E402
@@ -111,21 +111,16 @@ def measured(folder: Path) -> list[str]:
     return [epoch for epoch in dict.fromkeys(wanted) if (folder / epoch).is_dir()] or ["final"]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.report")
     parser.add_argument("study", type=Path, help="a study's result folder")
     parser.add_argument("--epoch", help="which checkpoints: final, best or a number (default: all that were measured)")
     args = parser.parse_args(argv)
-    try:
-        found = measured(args.study)
-        for epoch in [args.epoch] if args.epoch else found:
-            paths = write(args.study, epoch, [other for other in found if other != epoch])
-            print(f"Written: {', '.join(map(str, paths))} ({paths[1].stat().st_size / 1e6:.1f} MB)")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    found = measured(args.study)
+    for epoch in [args.epoch] if args.epoch else found:
+        paths = write(args.study, epoch, [other for other in found if other != epoch])
+        print(f"Written: {', '.join(map(str, paths))} ({paths[1].stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

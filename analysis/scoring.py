@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.command import CheckFailed
 from analysis.interventions import NOWHERE, Patch, generator
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Prompts, Subject
 from dataset import MyCollator, clean_answer, extract_answer, get_cot_latent_dataset
 from generation import Decoding, Row, decoded

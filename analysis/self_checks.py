@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 
+from analysis.command import CheckFailed
 from analysis.interventions import Patch, gaussian, identity
 from analysis.positions import Places
 from analysis.subject import Problems, Prompts, Subject, positions
@@ -23,10 +24,6 @@ from world import World
 
 ROWS = 100  # problems that the checks look at
 TOLERANCE = 1e-3  # nats; one batch in another shape differs by rounding
-
-
-class CheckFailed(Exception):
-    """A checkpoint or an instrument is not what it should be: no result may be written."""
 
 
 def self_checks(subject: Subject, problems: Problems, seed: int = 0) -> dict[str, dict]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from analysis.command import CheckFailed
 from analysis.interventions import Patch, gaussian, generator, hits
-from analysis.self_checks import TOLERANCE, CheckFailed
+from analysis.self_checks import TOLERANCE
 from analysis.subject import Prompts, Subject, positions
 
 CALIBRATION_ROWS = 100

@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # run as `python analysis/stage_table.py`
 
 import torch  # noqa: E402
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.scoring import Scores, same_tokens, score, summary  # noqa: E402
-from analysis.self_checks import CheckFailed  # noqa: E402
 from analysis.step_rates import LEAST_REPEATS, REPEATS, STEPS, step_rates  # noqa: E402
 from analysis.subject import Problems, Subject  # noqa: E402
 from analysis.tables import number, percent, table  # noqa: E402
@@ -139,10 +139,9 @@ def shown(rows: Sequence[dict]) -> str:
     return f"{halves[0]}\n{FOOTNOTE}\n{halves[1]}"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.stage_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.stage_table")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, in the order of the table")
     parser.add_argument("--data", type=Path, required=True, help="held-out problems (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="JSON; the Markdown has the same name")
@@ -154,34 +153,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no_exact_match", action="store_true", help="losses only: answers are not decoded")
     args = parser.parse_args(argv)
-    try:
-        if args.output.suffix != ".json":
-            raise ValueError(f"--output {args.output}: must end in .json; the Markdown is named after it")
-        for name, least in (("repeats", LEAST_REPEATS), ("steps", 1), ("num_samples", 1), ("batch_size", 1)):
-            if getattr(args, name) is not None and getattr(args, name) < least:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
-        wanted = [(folder, stage, n) for folder in args.runs for stage, n in sorted(last_of_stages(folder).items())]
-        rows, first = [], None
-        for folder, stage, n in wanted:
-            print(f"{folder.name}, stage {stage}: checkpoint_{n}", flush=True)
-            row, scores = stage_row(folder, stage, n, args)
-            first = first or scores
-            same_tokens(first, scores, "answer")
-            rows.append(row)
-        device = "cuda" if torch.cuda.is_available() and args.device == "auto" else args.device.replace("auto", "cpu")
-        settings = {"repeats": args.repeats, "steps": args.steps, "device": _device_name(torch.device(device))}
-        result = {"schema_version": 1, "data": str(args.data), "settings": settings, "notes": NOTES, "rows": rows}
-        text = shown(rows)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, result | {"versions": versions()})
-        with whole_file(args.output.with_suffix(".md")) as file:
-            file.write(text)
-    except CheckFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if args.output.suffix != ".json":
+        raise ValueError(f"--output {args.output}: must end in .json; the Markdown is named after it")
+    for name, least in (("repeats", LEAST_REPEATS), ("steps", 1), ("num_samples", 1), ("batch_size", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    wanted = [(folder, stage, n) for folder in args.runs for stage, n in sorted(last_of_stages(folder).items())]
+    rows, first = [], None
+    for folder, stage, n in wanted:
+        print(f"{folder.name}, stage {stage}: checkpoint_{n}", flush=True)
+        row, scores = stage_row(folder, stage, n, args)
+        first = first or scores
+        same_tokens(first, scores, "answer")
+        rows.append(row)
+    device = "cuda" if torch.cuda.is_available() and args.device == "auto" else args.device.replace("auto", "cpu")
+    settings = {"repeats": args.repeats, "steps": args.steps, "device": _device_name(torch.device(device))}
+    result = {"schema_version": 1, "data": str(args.data), "settings": settings, "notes": NOTES, "rows": rows}
+    text = shown(rows)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result | {"versions": versions()})
+    with whole_file(args.output.with_suffix(".md")) as file:
+        file.write(text)
     print(f"\n{text}\nWritten: {args.output}, .md")
     return 0
 

@@ -4,10 +4,9 @@
 
 What is done is skipped, what was cut is resumed: start the same command again. Below the study's result folder:
 study.json (what it consists of), logs/, gates.json, final/ and best/ (one folder an experiment, for each kind of checkpoint),
-report.html and report.md. Exit code: 0 done; 1 a gate stopped it or a job failed; 2 a mistake in the command or a config.
+report.html and report.md. Exit code: 0 done; 1 a gate stopped it or a job failed; 2 a mistake in the command or a config; 75 stopped.
 """
 
-import argparse
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,10 +16,12 @@ if __package__ in (None, ""):  # run as `python analysis/study.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis import curriculum, gates, report, verdict  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.jobs import Job, run_jobs  # noqa: E402
 from analysis.measure import experiment  # noqa: E402
 from analysis.study_plan import Plan, load_study_config  # noqa: E402
 from files import whole_file  # noqa: E402
+from stopping import StopSignals  # noqa: E402
 
 
 def show(plan: Plan, jobs: list[Job]) -> None:
@@ -72,22 +73,17 @@ def finish(plan: Plan) -> int:
     return max([*codes, report.main([str(plan.results)])])
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/study.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "scripts/study.sh")
     parser.add_argument("config", type=Path, help="the study's YAML, args/study_*.yaml")
     parser.add_argument("--quick", action="store_true", help="the YAML's quick models with one seed; own result folder")
     parser.add_argument("--models", help="only these models, by comma")
     parser.add_argument("--seeds", help="only these repeats (0 is the first seed), by comma")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with estimated hours and stop")
     args = parser.parse_args(argv)
-    try:
-        models, repeats = args.models and args.models.split(","), args.seeds and [int(s) for s in args.seeds.split(",")]
-        plan = Plan(load_study_config(args.config), args.quick, models, repeats)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    models, repeats = args.models and args.models.split(","), args.seeds and [int(s) for s in args.seeds.split(",")]
+    plan = Plan(load_study_config(args.config), args.quick, models, repeats)
     jobs = plan.jobs()
     show(plan, jobs)
     if args.dry_run:
@@ -101,9 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         stop[:] = filter(None, [blocked(plan)])
         return stop[0] if stop else ""
 
-    left = run_jobs(
-        jobs, plan.study.processes, lambda job: standing.get(job.name, lambda: "running")(), watch, environment=threads
-    )
+    with StopSignals():
+        left = run_jobs(
+            jobs, plan.study.processes, lambda job: standing.get(job.name, lambda: "running")(), watch, environment=threads
+        )
     watch()
     code = finish(plan)
     if left:

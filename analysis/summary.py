@@ -5,7 +5,6 @@
 Reads metrics.jsonl, run.json and the per-question records of each run folder; writes summary.json, summary.md, accuracy.png.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/summary.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.figures import training_curves  # noqa: E402
 from analysis.stats import wilson as level  # noqa: E402
 from files import read_jsonl, whole_file, write_json  # noqa: E402
@@ -77,21 +77,18 @@ def table(runs: list[dict]) -> list[tuple[str, ...]]:
     return rows
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, help="folder of run folders")
     parser.add_argument("--out", type=Path, required=True, help="where summary.json, summary.md and accuracy.png go")
     parser.add_argument("--models", nargs="+", help="run folders to show, in this order (default: all, by name)")
     parser.add_argument("--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records")
     args = parser.parse_args(argv)
-    try:
-        names = args.models or sorted(p.parent.name for p in args.runs.glob("*/metrics.jsonl"))
-        if not names:
-            raise ValueError(f"{args.runs} holds no run folders (with a metrics.jsonl)")
-        runs = [read_run(args.runs / name, args.test_records) for name in names]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = args.models or sorted(p.parent.name for p in args.runs.glob("*/metrics.jsonl"))
+    if not names:
+        raise ValueError(f"{args.runs} holds no run folders (with a metrics.jsonl)")
+    runs = [read_run(args.runs / name, args.test_records) for name in names]
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [COLUMNS, *table(runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]

@@ -7,7 +7,6 @@ An evaluation is what `python run.py args/ROW_eval.yaml` leaves; runs of a row w
 that still write steps before the answer are lines of their own, `hybrid`. Rows that were not run show the paper's figures only.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import NamedTuple
 if __package__ in (None, ""):  # run as `python analysis/table1.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.drawing import INK, bars, panel, rows_text, save, sheet, spread, styled  # noqa: E402
 from analysis.evaluations import COUNTED, ROWS, TASKS, Evaluation, find_evaluations, read_evaluation  # noqa: E402
 from analysis.stats import seed_interval, wilson  # noqa: E402
@@ -231,29 +231,24 @@ def write(tasks: dict[str, list[dict]], out: Path) -> None:
     print(f"Written: {out}/table1.json, table1.md, table1.svg, table1.png")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="run folders, or folders of them at any depth")
     parser.add_argument(
         "--out", type=Path, help="where table1.json, table1.md, table1.svg and table1.png go (default: nowhere)"
     )
     args = parser.parse_args(argv)
-    try:
-        found = [read_evaluation(file) for file in find_evaluations(args.folders)]
-        for other in (evaluation for evaluation in found if evaluation.row is None):
-            print(f"Note: {other.file} ({other.trained.feedback_mode}) is no row of Table 1", file=sys.stderr)
-        tasks = tasks_of([evaluation for evaluation in found if evaluation.row])
-        if not tasks:
-            places = ", ".join(map(str, args.folders))
-            raise ValueError(
-                f"no evaluation on a test set below {places}; make one: python run.py args/prosqa_m1_cot_eval.yaml"
-            )
-        print(text_of(tasks))
-        if args.out:
-            write(tasks, args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = [read_evaluation(file) for file in find_evaluations(args.folders)]
+    for other in (evaluation for evaluation in found if evaluation.row is None):
+        print(f"Note: {other.file} ({other.trained.feedback_mode}) is no row of Table 1", file=sys.stderr)
+    tasks = tasks_of([evaluation for evaluation in found if evaluation.row])
+    if not tasks:
+        places = ", ".join(map(str, args.folders))
+        raise ValueError(f"no evaluation on a test set below {places}; make one: python run.py args/prosqa_m1_cot_eval.yaml")
+    print(text_of(tasks))
+    if args.out:
+        write(tasks, args.out)
     return 0
 
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.command import CheckFailed
 from analysis.interventions import NOWHERE, Patch, Recorder, chain, gaussian
-from analysis.self_checks import TOLERANCE, CheckFailed
+from analysis.self_checks import TOLERANCE
 from analysis.subject import Problems, Prompts, Subject, positions
 from dataset import MyCollator
 from generation import Decoding

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.command import CheckFailed
 from analysis.experiment import Task, share
 from analysis.interventions import generator, permutations
 from analysis.positions import Places
-from analysis.self_checks import CheckFailed
 from analysis.slots import Run, aim_of, answer_runs, compared, margin_of, marked, require_no_op
 from analysis.stats import bootstrap_mean
 from analysis.subject import Problems, Subject

@@ -7,7 +7,6 @@ variants.json, variants.md and loss_difference.png. Differences are variant minu
 95 % bootstrap interval over questions; another seed, where it is among the variants, shows how much means nothing.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ if __package__ in (None, ""):  # run as `python analysis/variants.py`
 
 from scipy.stats import bootstrap  # noqa: E402
 
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.figures import plt  # noqa: E402
 from analysis.summary import level  # noqa: E402
 from files import read_jsonl, whole_file, write_json  # noqa: E402
@@ -130,24 +130,21 @@ def draw(rows: list[dict], path: Path) -> None:
     temporary.replace(path)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("variants", type=Path, help="folder of variants, each a folder of run folders")
     parser.add_argument("--reference", type=Path, required=True, help="folder of the run folders to compare with")
     parser.add_argument("--out", type=Path, required=True, help="where variants.json, variants.md and the figure go")
     parser.add_argument("--test-records", default="eval_prosqa_test.jsonl", help="file of a run folder with its test records")
     args = parser.parse_args(argv)
-    try:
-        found = sorted(p for p in args.variants.glob("*/*") if any(p.glob("*.jsonl")))
-        found = [p for p in found if (args.reference / p.name / "metrics.jsonl").is_file()]
-        if not found:
-            raise ValueError(f"{args.variants} holds no <variant>/<model>/ whose model {args.reference} holds, too")
-        rows = [compare(p, args.reference / p.name, args.test_records) for p in found]
-        models = sorted({p.name for p in found})
-        rows += [compare(args.reference / model, args.reference / model, args.test_records) for model in models]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = sorted(p for p in args.variants.glob("*/*") if any(p.glob("*.jsonl")))
+    found = [p for p in found if (args.reference / p.name / "metrics.jsonl").is_file()]
+    if not found:
+        raise ValueError(f"{args.variants} holds no <variant>/<model>/ whose model {args.reference} holds, too")
+    rows = [compare(p, args.reference / p.name, args.test_records) for p in found]
+    models = sorted({p.name for p in found})
+    rows += [compare(args.reference / model, args.reference / model, args.test_records) for model in models]
     for row in rows[len(found) :]:
         row["variant"] = "reference (float32)"
         row["updates"] = 0

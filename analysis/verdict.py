@@ -21,7 +21,6 @@ survives, and 3 denies the probe structure that 2 asks for. So the waiting matte
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -33,6 +32,7 @@ if __package__ in (None, ""):  # run as `python analysis/verdict.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis import conditions as on  # noqa: E402
+from analysis.command import command, parser_of  # noqa: E402
 from analysis.conditions import SEEDS, Condition, all_of, any_of, at_least, negated  # noqa: E402
 from analysis.evidence import NEEDED, Evidence, collect  # noqa: E402
 
@@ -323,24 +323,19 @@ def _numbers(c: Condition) -> str:
     return ", ".join(texts) + why + (" (open)" if c.open else "")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """0: a verdict was printed and written, whatever it is; 2: a mistake in the command or the files."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.verdict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "python -m analysis.verdict")
     parser.add_argument("study", type=Path, help="a study's result folder")
     parser.add_argument("--epoch", default="final", help="which checkpoints: final or best (default: final)")
     parser.add_argument("--measure", choices=MEASURES, default="two_choice", help="of accuracy on a set (default: two_choice)")
     args = parser.parse_args(argv)
-    try:
-        verdict = decide(collect(args.study, args.epoch), args.measure)
-        target = args.study / args.epoch / "verdict.json"
-        temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")  # never half there
-        temporary.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n")
-        temporary.replace(target)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    verdict = decide(collect(args.study, args.epoch), args.measure)
+    target = args.study / args.epoch / "verdict.json"
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")  # never half there
+    temporary.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n")
+    temporary.replace(target)
     print(render(verdict))
     print(f"\nWritten: {target}")
     return 0

@@ -184,7 +184,7 @@ def test_a_stopped_experiment_keeps_what_is_finished(trained, tmp_path, capsys):
     thread.start()
     assert branching.main(flags) == 75
     thread.join()
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command goes on from there" in capsys.readouterr().err
     numbers = [int(path.stem.split("_")[1]) for path in tmp_path.glob("checkpoint_*.json")]
     assert 5 <= max(numbers) < N and not (tmp_path / "final_results.json").exists()
     assert branching.main(flags) == 0 and len(read_json(tmp_path / "final_results.json")["questions"]) == N

@@ -8,10 +8,10 @@ import torch
 from stub_model import HOP, SOLVED, Wiring, stub_subject, task_of, write_problems
 
 from analysis import corruption
+from analysis.command import CheckFailed
 from analysis.corruption import EXPERIMENT, measure, prepare, summarize
 from analysis.findings import Findings
 from analysis.levels import CHAINS, FIELDS, label, levels, planned
-from analysis.self_checks import CheckFailed
 from analysis.slots import Calibration, Run, answer_runs, replacements
 from analysis.subject import Problems, Subject
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 from analysis import experiment as harness
+from analysis.command import CheckFailed
 from analysis.experiment import Experiment, share
 from analysis.interventions import Patch
 from analysis.measure import EXPERIMENTS
-from analysis.self_checks import CheckFailed
 
 MEASURED = []
 

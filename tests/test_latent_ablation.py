@@ -8,9 +8,9 @@ import pytest
 from scoring_material import train_runs, with_other_letters
 
 from analysis import latent_ablation
+from analysis.command import CheckFailed
 from analysis.latent_ablation import compared, main
 from analysis.scoring import CONDITIONS, Scores, score, summary
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject
 
 

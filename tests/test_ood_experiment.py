@@ -10,9 +10,9 @@ from ood_material import few_rows
 from sets_material import as_module, as_script, assert_alike, lasting, sets_folder, write_set  # noqa: F401 - a fixture
 
 from analysis import experiment as harness
+from analysis.command import CheckFailed
 from analysis.findings import Findings, Level, exact_match, set_level
 from analysis.ood import EXPERIMENT, difference_of_means, kind_of, option_named, pairs_result, units, verify, writes_steps
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject
 from data.edge_pairs import UNBALANCED
 from data.prosqa_graph import Graph

@@ -9,10 +9,10 @@ from evaluate_material import draw
 
 from analysis import experiment as harness
 from analysis import probing
+from analysis.command import CheckFailed
 from analysis.probe_cells import Cell, Cells, Plan, Unit, units
 from analysis.probe_fields import Found, mean
 from analysis.probing import EXPERIMENT, fields, one_vector, question_positions, read_states, species_of, write_states
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject
 
 SPECIES = ["brimpus", "chorpus", "dumpus", "felpus"]

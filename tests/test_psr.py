@@ -8,9 +8,9 @@ import torch
 
 from analysis import experiment as harness
 from analysis import psr
+from analysis.command import CheckFailed
 from analysis.experiment import Task, load_subject
 from analysis.interventions import NOWHERE, Patch
-from analysis.self_checks import CheckFailed
 
 KEYS = ("m3", "m1", "m4", "m4b", "m5")  # m3 first: the others take its scale
 SIGMAS = ["0.5", "2"]

@@ -11,8 +11,8 @@ import torch
 from scoring_material import config, loud, train_runs
 
 import run
+from analysis.command import CheckFailed
 from analysis.scoring import CONDITIONS, Scores, donors, same_tokens, score, stage_rows, summary, targets_hash
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject
 from coconut import Coconut
 from dataset import get_question_latent_dataset

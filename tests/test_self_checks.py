@@ -5,8 +5,9 @@ import torch
 
 import coconut
 import taps
+from analysis.command import CheckFailed
 from analysis.interventions import Patch
-from analysis.self_checks import CheckFailed, self_checks
+from analysis.self_checks import self_checks
 from analysis.subject import Problems, Subject
 
 KEYS = ("m0", "m1", "m3", "m4", "m4b", "m5")

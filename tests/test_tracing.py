@@ -9,8 +9,8 @@ from evaluate_material import slow_logits
 from stub_model import SOLVED, Wiring, _Block, stub_subject, write_problems
 
 from analysis import effects, tracing
+from analysis.command import CheckFailed
 from analysis.interventions import NOWHERE, Patch, Recorder, chain, gaussian
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems, Subject, positions
 from analysis.tracing import Asked, Chunk, Group
 from two_choice import Options

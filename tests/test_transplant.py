@@ -12,8 +12,8 @@ from evaluate_material import character_tokenizer
 from stub_model import HOP, SOLVED, Wiring, stub_subject, task_of, write_problems
 
 from analysis import transplant
+from analysis.command import CheckFailed
 from analysis.corruption import EXPERIMENT, measure, prepare
-from analysis.self_checks import CheckFailed
 from analysis.subject import Problems
 from coconut import PauseCurriculum
 
