@@ -11,7 +11,6 @@ section 4.1), and which of two options has the larger probability. One rollout o
     records, loss = evaluate(model, prompts, rows, tokenizer, 32, 64, world, gold=training_rows, two_choice=True)
 """
 
-import json
 import sys
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from dataset import (
     get_cot_latent_dataset,
     get_question_latent_dataset,
 )
-from files import whole_file
+from files import write_jsonl
 from generation import Decoding, Row, decoded
 from tokens import question_hash
 from two_choice import score_decoded, score_options, wants_two_choice
@@ -279,8 +278,7 @@ def validate(run, epoch: int, records_name: str | None, with_loss: bool = False)
     if world.is_main:
         _print_stock_lines(run, prompts, records, summary)
         if records_name is not None:
-            with whole_file(config.run_dir / records_name) as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            write_jsonl(config.run_dir / records_name, records)
     return summary
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,11 +49,23 @@ def remove(path: str | os.PathLike) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value) -> None:
-    """Write indented JSON, whole."""
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file's content, whole."""
+    with whole_file(path, "w" if isinstance(content, str) else "wb") as file:
+        file.write(content)
+
+
+def write_json(path: str | os.PathLike, value, allow_nan: bool = True) -> None:
+    """Write indented JSON, whole. ValueError for a number that is not finite, unless `allow_nan`."""
     with whole_file(path) as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=1, allow_nan=allow_nan)
         file.write("\n")
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """Write records as lines of JSON, whole."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def read_json(path: str | os.PathLike, *keys: str):

@@ -15,7 +15,6 @@
 """
 
 import fcntl
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from checkpoint import (
     versions,
 )
 from coconut import Coconut
-from files import read_json, read_jsonl, remove, whole_file, write_json
+from files import read_json, read_jsonl, remove, write_json, write_jsonl
 from lora import fingerprint, has_adapters, load_trained, trained
 from utils import Config
 
@@ -92,8 +91,7 @@ class RunFolder:
             remove(leftover)
         if self.metrics.is_file() and not self.metrics.read_bytes().endswith(b"\n"):
             records = read_jsonl(self.metrics)
-            with whole_file(self.metrics) as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            write_jsonl(self.metrics, records)
 
     def evaluations(self, up_to_epoch: int) -> dict[int, dict]:
         """{epoch index: record} of every validated epoch before `up_to_epoch`; of a repeated one the last."""

@@ -16,7 +16,7 @@ from analysis.stats import wilson
 from analysis.subject import Problems, Subject
 from analysis.tables import table
 from analysis.token_count import joined
-from files import read_json, whole_file, write_json
+from files import read_json, write_json, write_whole
 
 SCHEMA_VERSION = 1
 LEGEND = (
@@ -161,6 +161,5 @@ def write(result: dict, out: Path) -> None:
     """ablations.json, ablations.md, and the figure."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "ablations.json", result)
-    with whole_file(out / "ablations.md") as file:
-        file.write(text(result))
+    write_whole(out / "ablations.md", text(result))
     save(figure(result), out / "ablations")

@@ -29,7 +29,7 @@ from analysis.command import command  # noqa: E402
 from analysis.noise_asker import Asker  # noqa: E402
 from analysis.noise_results import not_a_run_folder, question_record, same_run, unfinished  # noqa: E402
 from analysis.noise_sweep import asker_of, baselines_of, experiment_info, noise_info  # noqa: E402
-from files import read_json, whole_file, write_json  # noqa: E402
+from files import read_json, write_json, write_whole  # noqa: E402
 from stopping import Stopped, StopSignals  # noqa: E402
 
 FINAL = "final_results.json"
@@ -83,8 +83,7 @@ def _one(asker: Asker, one: Branches, info: dict, folder: Path, baselines: dict,
         if result["accuracy_claimed"]:
             coverage_figure(result, folder / "coverage_accuracy.png")
             diversity_figure(result, folder / "path_diversity.png")
-        with whole_file(folder / "report.md") as file:
-            file.write(report(result) + "\n")
+        write_whole(folder / "report.md", report(result) + "\n")
         if one.settings.save_results:
             write_json(folder / f"results_{datetime.now():%Y%m%d_%H%M%S}.json", result)
         write_json(path, result)

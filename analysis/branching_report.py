@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.drawing import MODELS, MUTED, legend, look, panel, reference, sheet, styled, write_whole
+from analysis.drawing import MODELS, MUTED, legend, look, panel, reference, sheet, styled
 from analysis.noise_fits import strength
 from analysis.tables import number, percent, table
+from files import write_whole
 
 DPI = 300
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as `python analysis/compare.py`
 
 from analysis.command import command, parser_of  # noqa: E402
 from analysis.differences import EVAL_FIELDS, Side, apart, differences, same, size  # noqa: E402
-from files import whole_file, write_json  # noqa: E402
+from files import write_json, write_whole  # noqa: E402
 
 
 def verdict(result: dict) -> str:
@@ -158,8 +158,7 @@ def plot(result: dict, a: Path, b: Path, path: Path) -> None:
         return content
 
     content = draw()
-    with whole_file(path, "wb") as file:
-        file.write(content)
+    write_whole(path, content)
 
 
 @command

@@ -12,9 +12,7 @@ run's log and metrics disagree, and it has no result.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from analysis.command import command, parser_of  # noqa: E402
 from analysis.runlog import Accuracy, read_json  # noqa: E402
 from analysis.runs import MODELS, Run, load_study  # noqa: E402
 from analysis.stats import noise_floor, seed_interval, wilson  # noqa: E402
+from files import write_json  # noqa: E402
 
 SCHEMA_VERSION = 1
 WITH_THOUGHTS = ("m3", "m4", "m4b", "m5")
@@ -268,10 +267,10 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 def save(out: Path, results: dict[str, dict], unsound: dict[str, str], waiting: list[str]) -> None:
     """A file a run, and results.json with all of them; what concerns several runs is its `verification`."""
     for label, result in results.items():
-        write(out / f"{label}_curriculum.json", result)
+        write_json(out / f"{label}_curriculum.json", result, allow_nan=False)
         (out / f"{label}_curriculum.failed.json").unlink(missing_ok=True)
     for label, reason in unsound.items():
-        write(out / f"{label}_curriculum.failed.json", {"schema_version": SCHEMA_VERSION, "reason": reason})
+        write_json(out / f"{label}_curriculum.failed.json", {"schema_version": SCHEMA_VERSION, "reason": reason})
         (out / f"{label}_curriculum.json").unlink(missing_ok=True)
     models = dict.fromkeys(result["model_key"] for result in results.values())
     curves = {model: [r for r in results.values() if r["model_key"] == model] for model in models}
@@ -283,14 +282,7 @@ def save(out: Path, results: dict[str, dict], unsound: dict[str, str], waiting: 
         "curves": over_seeds(curves, "epochs", "epoch"),
         "stage_means": over_seeds(curves, "stages", "stage"),
     }
-    write(out / "results.json", {**results, "verification": verification})
-
-
-def write(path: Path, value: dict) -> None:
-    """JSON, whole: a temporary name, then the right one."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_json(out / "results.json", {**results, "verification": verification}, allow_nan=False)
 
 
 @command

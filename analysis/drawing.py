@@ -9,7 +9,6 @@ Models differ by colour (Okabe and Ito's, which colour-blind readers tell apart)
 print tells them apart as well. Accuracies arrive as fractions and are drawn in percent.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from analysis.stats import seed_interval  # noqa: E402
+from files import write_whole  # noqa: E402
 
 INK, MUTED, LINE, PAPER = "#1d1c1a", "#6e6b66", "#d9d6d0", "#fefdfb"
 
@@ -276,17 +276,6 @@ def inline(document: str, name: str) -> str:
     body = re.sub(r'href="#', f'href="#{name}-', body)
     body = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--sans)", body)
     return re.sub("|".join(THEMED), lambda found: f"var(--{THEMED[found[0]]})", body)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it into place; needs nothing of the training code."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(figure: Figure, path: Path) -> str:

@@ -33,7 +33,7 @@ from analysis.self_checks import self_checks
 from analysis.subject import Problems, Subject
 from analysis.summary import level
 from checkpoint import versions
-from files import read_jsonl, whole_file, write_json
+from files import read_jsonl, write_json, write_jsonl
 
 SCHEMA_VERSION = 1
 TEST_FILES = ("prosqa_test.json", "test.json")
@@ -277,8 +277,7 @@ class Experiment:
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
     """A JSON-lines file, whole."""
-    with whole_file(path) as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    write_jsonl(path, records)
 
 
 def checks_once(task: Task, path: Path) -> dict:

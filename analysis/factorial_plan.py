@@ -25,7 +25,7 @@ from analysis.jobs import Job
 from analysis.settings_files import checked, explained, read_yaml
 from checkpoint import numbered_checkpoints
 from data import cot
-from files import read_json, read_jsonl, whole_file, write_json
+from files import read_json, read_jsonl, write_json, write_whole
 from utils import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,8 +295,7 @@ class Plan:
             for split in SPLITS:
                 cot.write_rows(folder / f"{split}.json", rows[split])
             write_json(about, wanted)
-            with whole_file(folder / "about.txt") as file:
-                file.write(said.getvalue())
+            write_whole(folder / "about.txt", said.getvalue())
             print(f"{folder}: {', '.join(f'{len(rows[split])} {split}' for split in SPLITS)}", flush=True)
 
     # ------------------------------------------------------------ jobs

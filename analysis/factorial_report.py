@@ -13,7 +13,7 @@ from analysis.factorial_stats import BASELINE, CELLS, analyse, power_of_design, 
 from analysis.stats import seed_interval
 from analysis.tables import number, percent, table
 from checkpoint import versions
-from files import read_json, whole_file, write_json
+from files import read_json, write_json, write_whole
 
 SCHEMA_VERSION = 1
 PRIMARY = {"answer_loss": "answer loss (nats a token)", "exact_match": "exact match"}
@@ -252,6 +252,5 @@ def write(result: dict, out: Path) -> None:
     """factorial.json, factorial.md, factorial.svg and factorial.png, each whole."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "factorial.json", result)
-    with whole_file(out / "factorial.md") as file:
-        file.write(text(result))
+    write_whole(out / "factorial.md", text(result))
     draw(result, out / "factorial")

@@ -34,9 +34,9 @@ from analysis.drawing import (
     spread,
     styled,
     swatches,
-    write_whole,
 )
 from analysis.gathered import anchors, make, models, repeats, sets_of, strongest_shortcut
+from files import write_whole
 
 
 @styled

@@ -15,7 +15,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.drawing import INK, LOOKS, MUTED, sheet, styled, write_whole
+from analysis.drawing import INK, LOOKS, MUTED, sheet, styled
+from files import write_whole
 
 CURVES: dict[str, tuple[str, Callable, tuple[str, ...]]] = {
     "exponential": ("a·exp(-b·x)", lambda x, a, b: a * np.exp(-b * x), ("a", "b")),

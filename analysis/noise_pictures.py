@@ -18,9 +18,10 @@ import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from analysis.command import command, parser_of  # noqa: E402
-from analysis.drawing import INK, LOOKS, MUTED, panel, sheet, styled, svg, write_whole  # noqa: E402
+from analysis.drawing import INK, LOOKS, MUTED, panel, sheet, styled, svg  # noqa: E402
 from analysis.noise_operators import apply_noise_to_hidden_states, draw_generator  # noqa: E402
 from analysis.noise_settings import EVERY, SWEEPS  # noqa: E402
+from files import write_whole  # noqa: E402
 
 DRAWS, NORM, WIDTH = 300, 8.0, 64
 SHOWN = {"snr": 2.0}  # else 0.5

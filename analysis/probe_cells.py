@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from analysis.probes import LinearProbe, Score, codes, fingerprint, folds, frequent, mlp_grid, mlp_probe, p_value, shuffles
-from files import read_jsonl, whole_file
+from files import read_jsonl, write_jsonl
 
 # ---------------------------------------------------------------- rows, folds and labels
 
@@ -173,8 +173,7 @@ class Cells:
         held = read_jsonl(path)
         same = bool(held) and held[0].get("identity") == identity
         self.found = {record["key"]: record for record in held[1:]} if same else {}
-        with whole_file(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in [{"identity": identity}, *self.found.values()])
+        write_jsonl(path, [{"identity": identity}, *self.found.values()])
 
     def fit(self, wanted: Iterable[Unit], what: str = "probes") -> None:
         """Fit what is not known yet: cells side by side, one thread each; a grid's own fits in processes instead."""

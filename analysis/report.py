@@ -31,12 +31,13 @@ from analysis import gathered  # noqa: E402
 from analysis.accuracy_sections import accuracies  # noqa: E402
 from analysis.blocks import TEMPLATES, Section  # noqa: E402
 from analysis.command import command, parser_of  # noqa: E402
-from analysis.drawing import inline, save, write_whole  # noqa: E402
+from analysis.drawing import inline, save  # noqa: E402
 from analysis.experiment_sections import experiments  # noqa: E402
 from analysis.figures import PLATES  # noqa: E402
 from analysis.provenance_sections import anchors, checks, provenance  # noqa: E402
 from analysis.runlog import read_json  # noqa: E402
 from analysis.verdict_sections import gates, shortcuts, verdict  # noqa: E402
+from files import write_whole  # noqa: E402
 
 ORDER = (shortcuts, verdict, gates, accuracies, experiments, checks, anchors, provenance)
 

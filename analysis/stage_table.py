@@ -24,7 +24,7 @@ from analysis.step_rates import LEAST_REPEATS, REPEATS, STEPS, step_rates  # noq
 from analysis.subject import Problems, Subject  # noqa: E402
 from analysis.tables import number, percent, table  # noqa: E402
 from checkpoint import numbered_checkpoints, versions  # noqa: E402
-from files import read_json, read_jsonl, whole_file, write_json  # noqa: E402
+from files import read_json, read_jsonl, write_json, write_whole  # noqa: E402
 from tokens import TokenTable, get_dataset  # noqa: E402
 from utils import check_config  # noqa: E402
 
@@ -172,8 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = shown(rows)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, result | {"versions": versions()})
-    with whole_file(args.output.with_suffix(".md")) as file:
-        file.write(text)
+    write_whole(args.output.with_suffix(".md"), text)
     print(f"\n{text}\nWritten: {args.output}, .md")
     return 0
 

@@ -4,7 +4,8 @@
 
 What is done is skipped, what was cut is resumed: start the same command again. Below the study's result folder:
 study.json (what it consists of), logs/, gates.json, final/ and best/ (one folder an experiment, for each kind of checkpoint),
-report.html and report.md. Exit code: 0 done; 1 a gate stopped it or a job failed; 2 a mistake in the command or a config; 75 stopped.
+report.html and report.md. Exit code: 0 done; 1 a gate stopped it or a job failed; 2 a mistake in the command or a
+config; 75 stopped by a signal.
 """
 
 import io
@@ -20,7 +21,7 @@ from analysis.command import command, parser_of  # noqa: E402
 from analysis.jobs import Job, run_jobs  # noqa: E402
 from analysis.measure import experiment  # noqa: E402
 from analysis.study_plan import Plan, load_study_config  # noqa: E402
-from files import whole_file  # noqa: E402
+from files import write_whole  # noqa: E402
 from stopping import StopSignals  # noqa: E402
 
 
@@ -54,8 +55,7 @@ def blocked(plan: Plan) -> str:
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         code = gates.main(argv)
-    with whole_file(logs / "gates.txt") as file:
-        file.write(said.getvalue())
+    write_whole(logs / "gates.txt", said.getvalue())
     return f"a gate blocks, see {logs / 'gates.txt'}" if code == 1 else ""
 
 

@@ -15,7 +15,8 @@ if __package__ in (None, ""):  # run as `python analysis/summary.py`
 from analysis.command import command, parser_of  # noqa: E402
 from analysis.figures import training_curves  # noqa: E402
 from analysis.stats import wilson as level  # noqa: E402
-from files import read_jsonl, whole_file, write_json  # noqa: E402
+from analysis.tables import table  # noqa: E402
+from files import read_jsonl, write_json, write_whole  # noqa: E402
 
 COLUMNS = ("model", "feedback", "latents", "set", "exact match", "95 % interval", "by steps", "tokens/question", "train s")
 
@@ -53,7 +54,7 @@ def read_run(folder: Path, test_records: str) -> dict:
     }
 
 
-def table(runs: list[dict]) -> list[tuple[str, ...]]:
+def cells(runs: list[dict]) -> list[tuple[str, ...]]:
     """Rows of text under `COLUMNS`: the test set where it was evaluated, else validation; by gold steps with n in brackets."""
     rows = []
     for run in runs:
@@ -90,14 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.runs} holds no run folders (with a metrics.jsonl)")
     runs = [read_run(args.runs / name, args.test_records) for name in names]
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = [COLUMNS, *table(runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    text = table(COLUMNS, cells(runs))
+    print(text)
     write_json(args.out / "summary.json", {"schema_version": 1, "runs": runs})
-    with whole_file(args.out / "summary.md") as file:
-        lines = [rows[0], ["---"] * len(COLUMNS), *rows[1:]]
-        file.writelines("| " + " | ".join(line) + " |\n" for line in lines)
+    write_whole(args.out / "summary.md", text)
     training_curves(runs, args.out / "accuracy.png", chance=50.0)
     print(f"Written: {args.out}/summary.json, summary.md, accuracy.png")
     return 0

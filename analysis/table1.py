@@ -21,7 +21,7 @@ from analysis.drawing import INK, bars, panel, rows_text, save, sheet, spread, s
 from analysis.evaluations import COUNTED, ROWS, TASKS, Evaluation, find_evaluations, read_evaluation  # noqa: E402
 from analysis.stats import seed_interval, wilson  # noqa: E402
 from analysis.tables import table  # noqa: E402
-from files import whole_file, write_json  # noqa: E402
+from files import write_json, write_whole  # noqa: E402
 
 
 class Published(NamedTuple):
@@ -225,8 +225,7 @@ def write(tasks: dict[str, list[dict]], out: Path) -> None:
     """table1.json, table1.md, table1.svg and table1.png in a folder."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "table1.json", {"schema_version": 1, "tasks": tasks})
-    with whole_file(out / "table1.md") as file:
-        file.write("# Table 1 (arXiv 2412.06769)\n\n" + text_of(tasks))
+    write_whole(out / "table1.md", "# Table 1 (arXiv 2412.06769)\n\n" + text_of(tasks))
     picture(tasks, out / "table1")
     print(f"Written: {out}/table1.json, table1.md, table1.svg, table1.png")
 

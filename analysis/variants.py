@@ -19,9 +19,10 @@ if __package__ in (None, ""):  # run as `python analysis/variants.py`
 from scipy.stats import bootstrap  # noqa: E402
 
 from analysis.command import command, parser_of  # noqa: E402
-from analysis.figures import plt  # noqa: E402
+from analysis.drawing import plt, png  # noqa: E402
 from analysis.summary import level  # noqa: E402
-from files import read_jsonl, whole_file, write_json  # noqa: E402
+from analysis.tables import table  # noqa: E402
+from files import read_jsonl, write_json, write_whole  # noqa: E402
 
 COLUMNS = (
     "model",
@@ -90,7 +91,7 @@ def smoothed(curves: np.ndarray) -> np.ndarray:
     return np.stack([np.convolve(curve, kernel, mode="valid") for curve in curves])
 
 
-def table(rows: list[dict]) -> list[tuple[str, ...]]:
+def cells(rows: list[dict]) -> list[tuple[str, ...]]:
     """Rows of text under `COLUMNS`."""
     lines = []
     for row in rows:
@@ -124,10 +125,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.axhline(0, color="0.4", lw=0.8)
         axes.set(title=model, xlabel="update", ylabel=f"loss minus reference, mean of {SMOOTH} (nats)")
         axes.legend(fontsize=8)
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
+    write_whole(path, png(figure))
     plt.close(figure)
-    temporary.replace(path)
 
 
 @command
@@ -151,15 +150,12 @@ def main(argv: list[str] | None = None) -> int:
         row.pop("difference", None)
     rows.sort(key=lambda row: (row["model"], "reference" not in row["variant"], row["variant"]))
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = [COLUMNS, *table(rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    text = table(COLUMNS, cells(rows))
+    print(text)
     draw(rows, args.out / "loss_difference.png")
     kept = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
     write_json(args.out / "variants.json", {"schema_version": 1, "runs": kept})
-    with whole_file(args.out / "variants.md") as file:
-        file.writelines("| " + " | ".join(line) + " |\n" for line in [lines[0], ["---"] * len(COLUMNS), *lines[1:]])
+    write_whole(args.out / "variants.md", text)
     print(f"Written: {args.out}/variants.json, variants.md, loss_difference.png")
     return 0
 

@@ -21,8 +21,6 @@ survives, and 3 denies the probe structure that 2 asks for. So the waiting matte
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from analysis import conditions as on  # noqa: E402
 from analysis.command import command, parser_of  # noqa: E402
 from analysis.conditions import SEEDS, Condition, all_of, any_of, at_least, negated  # noqa: E402
 from analysis.evidence import NEEDED, Evidence, collect  # noqa: E402
+from files import write_json  # noqa: E402
 
 MEASURES = ("two_choice", "exact_match")
 SET_COUNTS = {"ood_depth": 2, "ood_structure": 2, "swap": 1}  # kinds of sets without which nothing is "everywhere"
@@ -333,9 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     verdict = decide(collect(args.study, args.epoch), args.measure)
     target = args.study / args.epoch / "verdict.json"
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")  # never half there
-    temporary.write_text(json.dumps(verdict.to_json(), indent=1, allow_nan=False) + "\n")
-    temporary.replace(target)
+    write_json(target, verdict.to_json(), allow_nan=False)
     print(render(verdict))
     print(f"\nWritten: {target}")
     return 0

@@ -8,7 +8,7 @@ The targets of a CPU are met or missed on a CPU only, those of a GPU on one H100
 import operator
 from pathlib import Path
 
-from files import whole_file, write_json
+from files import write_json, write_whole
 
 # {where: {measure or (measure, start of shape): (comparison, limit in the unit of the result)}}
 TARGETS: dict[str, dict] = {
@@ -116,5 +116,4 @@ def write(folder: Path, stem: str, about: dict[str, str], results: list[dict], w
     """<stem>.json and <stem>.md in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{stem}.json", {"schema_version": 1, "where": where, "about": about, "results": results})
-    with whole_file(folder / f"{stem}.md") as file:
-        file.write(as_markdown(about, results, where))
+    write_whole(folder / f"{stem}.md", as_markdown(about, results, where))

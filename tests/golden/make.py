@@ -23,7 +23,7 @@ from golden import families  # noqa: E402
 from golden.drift import as_text, difference, made_with, read_record, report  # noqa: E402
 from run_material import BASE  # noqa: E402
 
-from files import whole_file  # noqa: E402
+from files import write_whole  # noqa: E402
 
 
 def pick_salt(name: str) -> tuple[int, float]:
@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         old = read_record(name)
         numbers = {key: value for key, value in record.items() if key not in ("made_with", "salt", "margin")}
         print("first record: " + name if old is None else report(name, old, numbers) or f"{name}: as recorded before")
-        with whole_file(HERE / f"{name}.json") as file:
-            file.write(as_text(record))
+        write_whole(HERE / f"{name}.json", as_text(record))
 
 
 if __name__ == "__main__":
