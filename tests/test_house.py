@@ -89,3 +89,9 @@ def test_no_path_of_a_machine():
     for path in texts:
         if path.is_file():
             assert not pattern.search(path.read_text()), path
+
+
+def test_the_map_of_analysis_names_every_file_and_no_other():
+    named = re.findall(r"`(\w+\.py)`", (ROOT / "analysis/README.md").read_text())
+    there = {path.name for path in (ROOT / "analysis").glob("*.py")} - {"__init__.py"}
+    assert set(named) == there and len(named) == len(there), "each once"

@@ -34,7 +34,9 @@ def test_numbers_come_from_the_records(tmp_path, capsys):
     assert {k: (v["correct"], v["n"]) for k, v in written["test_by_steps"].items()} == {"1": (2, 2), "2": (1, 2)}
     assert "1: 100 (2)  2: 50 (2)" in capsys.readouterr().out
     assert (tmp_path / "out/accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "| m3_coconut | continuous | 1 | test, n = 4 | 75.0 % |" in " ".join((tmp_path / "out/summary.md").read_text().split())
+    assert "| m3_coconut | continuous | 1 | test, n = 4 | 75.0 % |" in " ".join(
+        (tmp_path / "out/summary.md").read_text().split()
+    )
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path, capsys):
