@@ -50,7 +50,7 @@ class Ddp(Alone):
         return nullcontext() if last else self.wrapped.no_sync()
 
 
-def make_parallel(model, world, config) -> Alone:
+def make_parallel(model, world, config):
     """Shard or replicate the model (on the CPU or its device) as the config says, and put it on the device."""
     if config.parallel == "fsdp2" and not config.only_eval:
         from sharding import Fsdp2  # takes most of a second to import

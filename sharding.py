@@ -27,15 +27,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import save_whole, stored_model
-from coconut import decoder_blocks
 from files import NoRoom, read_json, remove, write_json
-from parallel import Alone
+from taps import decoder_blocks
 
 INDEX = "index.json"
 
 
-class Fsdp2(Alone):
-    """Parameters, gradients and optimizer state in shards (torch's fully_shard; ZeRO stage 3, arXiv 1910.02054).
+class Fsdp2:
+    """Parameters, gradients and optimizer state in shards (torch's fully_shard; ZeRO stage 3, arXiv 1910.02054), with the
+    methods of `parallel.Alone`.
 
     Left to itself it gathers and reduces at every call of a block, and ranks with different numbers of passes would wait for
     each other forever. So parameters are gathered once an update or evaluation, and gradients are reduced in one closing
@@ -46,7 +46,7 @@ class Fsdp2(Alone):
     sharded = True
 
     def __init__(self, model, world, config):
-        super().__init__(model, world, config)
+        self.model = self.wrapped = model
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if config.bf16 else MixedPrecisionPolicy()
         mesh = init_device_mesh(world.device.type, (world.size,))
         options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": False}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_one_way(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     assert imported(path) <= MAY_IMPORT[room]
+
+
+def test_no_module_imports_itself_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    graph = {name: modules(path) & names.keys() - {name} for name, path in names.items()}
+    order = list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+    assert order.index("coconut") < order.index("run"), "the imports were seen at all"
+
+
+def modules(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or later, with every name of a from-import as a possible module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def test_the_backbone_is_called_in_one_place():
