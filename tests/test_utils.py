@@ -1,6 +1,4 @@
-"""Configs that are refused, each with one line that says why; seeds; files written whole."""
-
-import os
+"""Configs that are refused, each with one line that says why; seeds."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import yaml
 from config_material import MINIMAL, config_of, errors
 
 import run
-from files import read_jsonl, whole_file, write_json
 from utils import load_config, micro_seed
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -125,7 +122,7 @@ def test_missing_file_names_the_near_one(tmp_path):
         load_config(tmp_path / "zzz" / "q.yaml")
 
 
-# ---------------------------------------------------------------------------------------------------- seeds and files
+# ---------------------------------------------------------------------------------------------------- seeds
 
 
 def test_micro_seed_is_fixed_for_all_time():
@@ -137,27 +134,3 @@ def test_micro_seed_is_fixed_for_all_time():
 
 
 KNOWN_SEEDS = (7896617691693857887, 1798932345466327501)
-
-
-def test_whole_file_keeps_the_old_content_on_failure(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError, match="midway"), whole_file(path) as file:
-        file.write("half")
-        file.flush()
-        assert path.read_text() != "half", "not in place before it is whole"
-        raise RuntimeError("midway")
-    assert path.read_text() == '{\n "old": 1\n}\n'
-    with pytest.raises(TypeError):
-        write_json(path, {"unwritable": object()})
-    assert path.read_text() == '{\n "old": 1\n}\n'
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_read_jsonl_ignores_a_torn_last_line(tmp_path):
-    path = tmp_path / "m.jsonl"
-    assert read_jsonl(path) == []
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3, "b')
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
-    path.write_text('{"a": 1}\n{"a": 2}\n')
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
