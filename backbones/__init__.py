@@ -60,7 +60,8 @@ def load_backbone(model_id: str, from_scratch: bool = False, seed: int = 0, **co
         config.init_seed = seed  # weights by (seed, name), the same whatever else the model has
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return fuse_activations(AutoModelForCausalLM.from_config(config).float())
+        # Not in the config's own dtype: bf16 draws are coarse, and differ between versions of torch.
+        return fuse_activations(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def own_options(model_id: str, tokenizer) -> dict:

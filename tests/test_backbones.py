@@ -226,6 +226,14 @@ def test_from_scratch_follows_its_seed_and_leaves_the_callers_generator_alone():
     assert {value.dtype for value in first.values()} == {torch.float32}
 
 
+def test_from_scratch_draws_float32_whatever_dtype_the_config_names(tmp_path):
+    config = json.loads((FOLDER / "prosqa_tiny/config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weight = backbones.load_backbone(str(tmp_path), from_scratch=True).state_dict()["transformer.wte.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+    assert torch.equal(weight, backbones.load_backbone(str(FOLDER / "prosqa_tiny"), from_scratch=True).transformer.wte.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BUILD)
 def test_local_folder_loads_with_equal_weights_in_float32(name, dtype, tmp_path):

@@ -221,15 +221,17 @@ def test_an_error_is_raised_in_its_place():
 
 
 def test_leaving_early_ends_the_thread_and_what_is_not_begun():
-    begun, hold = [], threading.Event()
+    begun, held, hold = [], threading.Event(), threading.Event()
 
     def make(i):
         begun.append(i)
-        assert i == 0 or hold.wait(20)
+        if i:
+            held.set()
+            assert hold.wait(20)
         return i
 
     ahead = prefetched(make, range(100), depth=8)
-    assert next(ahead) == 0 and len(threads()) == 1
+    assert next(ahead) == 0 and len(threads()) == 1 and held.wait(20)
     threading.Timer(0.05, hold.set).start()
     ahead.close()  # waits for item 1, which is held; drops those behind it
     assert hold.is_set() and not threads() and len(begun) <= 2
