@@ -107,7 +107,7 @@ class Shape(NamedTuple):
     """What the cost of a decoder depends on.
 
     `width` is that of attention (heads x head size), `vocab` the rows of the head, `block_parameters` the elements of the
-    weight matrices of all blocks: 12 n_layers d_model^2 for GPT-2.
+    weight matrices of all blocks: 12 n_layers d_model^2 for GPT-2. `frozen_parameters` of these are not trained.
     """
 
     n_layers: int
@@ -115,6 +115,8 @@ class Shape(NamedTuple):
     d_model: int
     vocab: int
     block_parameters: int
+    frozen_parameters: int = 0
+    frozen_head: bool = False
 
     @classmethod
     def of(cls, base_causallm, blocks: Iterable[torch.nn.Module]) -> "Shape":
@@ -122,8 +124,10 @@ class Shape(NamedTuple):
         config, blocks = base_causallm.config, list(blocks)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         head = base_causallm.get_output_embeddings() or base_causallm.get_input_embeddings()
-        matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
-        return cls(len(blocks), config.num_attention_heads * head_size, config.hidden_size, head.weight.shape[0], matrices)
+        matrices = [p for block in blocks for p in block.parameters() if p.ndim >= 2]
+        frozen = sum(p.numel() for p in matrices if not p.requires_grad)
+        sizes = (config.num_attention_heads * head_size, config.hidden_size, head.weight.shape[0])
+        return cls(len(blocks), *sizes, sum(p.numel() for p in matrices), frozen, not head.weight.requires_grad)
 
 
 def training_flops(shape: Shape, lengths, labelled: int, full_head: bool = False) -> float:
@@ -131,9 +135,10 @@ def training_flops(shape: Shape, lengths, labelled: int, full_head: bool = False
 
     6 * block_parameters * sum T + 6 * n_layers * width * sum T^2 + 6 * d_model * vocab * labelled
 
-    The 6 is 2 forward and 4 backward for each weight and token. Attention counts the lower triangle, T^2 / 2 pairs, of the
-    two products: half of what PaLM's formula and an uncausal kernel count. Left out: biases, norms, softmax, the embedding
-    look-up and the optimizer. A thought adds its one token and nothing else, however many passes there are.
+    The 6 is 2 forward and 4 backward for each weight and token; a frozen weight (LoRA) needs no gradient, which is 2 less.
+    Attention counts the lower triangle, T^2 / 2 pairs, of the two products: half of what PaLM's formula and an uncausal
+    kernel count. Left out: biases, norms, softmax, the embedding look-up and the optimizer. A thought adds its one token and
+    nothing else, however many passes there are.
 
     Args:
         lengths: real tokens (thoughts included) of each row, any shape.
@@ -143,7 +148,9 @@ def training_flops(shape: Shape, lengths, labelled: int, full_head: bool = False
     T = np.asarray(lengths, dtype=np.float64)
     at_head = T.sum() if full_head else labelled
     attention = shape.n_layers * shape.width * np.square(T).sum()
-    return float(6 * (shape.block_parameters * T.sum() + attention + shape.d_model * shape.vocab * at_head))
+    head = shape.d_model * shape.vocab * at_head
+    spared = 2 * (shape.frozen_parameters * T.sum() + head * shape.frozen_head)
+    return float(6 * (shape.block_parameters * T.sum() + attention + head) - spared)
 
 
 # ---------------------------------------------------------------- the peak

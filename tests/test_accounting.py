@@ -1,5 +1,7 @@
 """Seconds by phase, operations against a counter and published numbers, peaks by device name."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,20 @@ def test_formula_against_a_counter(eager):
     upper_half = 6 * shape.n_layers * shape.width * 5 * 24**2
     whole = counted(lambda: eager(input_ids=ids, labels=ids).loss)
     assert whole == training_flops(shape, lengths, labelled=5 * 4, full_head=True) + upper_half
+
+
+def test_frozen_weights_cost_no_gradients_of_their_own(eager):
+    """As under LoRA: the gradient still passes through them, to the embeddings."""
+    frozen = copy.deepcopy(eager)
+    for block in decoder_blocks(frozen):
+        block.requires_grad_(False)
+    ids = torch.randint(60, (5, 24))
+    shape = shape_of(frozen)
+    assert shape.frozen_parameters == shape.block_parameters and not shape.frozen_head
+    upper_half = 6 * shape.n_layers * shape.width * 5 * 24**2
+    whole = counted(lambda: frozen(input_ids=ids, labels=ids).loss)
+    assert whole == training_flops(shape, [24] * 5, labelled=5 * 4, full_head=True) + upper_half
+    assert training_flops(shape, [7], 3) - training_flops(shape._replace(frozen_head=True), [7], 3) == 2 * 16 * 60 * 3
 
 
 def test_thoughts_cost_their_tokens_only(eager):
