@@ -205,6 +205,8 @@ def build_model(config: Config, weights_path: Path | None = None, weights: dict 
         report = load_strictly(base, weights, weights_path)
         if config.markers and not grown:
             backbones.grow_vocabulary(base, tokenizer, ids)
+    elif wrapped_file:
+        backbones.resize_vocabulary(base, len(tokenizer))  # the rows are in the file
     elif config.markers:
         backbones.grow_vocabulary(base, tokenizer, ids)
 

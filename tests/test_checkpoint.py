@@ -19,6 +19,7 @@ from checkpoint_material import (
     trained,
     write_backbone,
 )
+from conftest import ROOT
 
 import backbones
 from checkpoint import (
@@ -63,6 +64,17 @@ def test_stored_keys_are_the_stock_ones(config_for, method):
         assert stored["pause_embedding"].shape == (16,)
         assert stored["feedback_mode_id"].dtype == torch.int64
         assert int(stored["feedback_mode_id"]) == 1 + PAUSES.index(method)
+
+
+def test_only_a_new_model_says_what_its_new_rows_start_from(config_for, capsys):
+    config = config_for(tokenizer=str(ROOT / "backbones/characters"))
+    folder, model = RunFolder(config), trained(config)
+    assert "`<<` is 2 tokens here" in capsys.readouterr().out
+    folder.open(exclusive=True)
+    path = folder.save_checkpoint(model, Position(epoch=1))
+    loaded, _, ids, _ = build_model(config, path)
+    assert capsys.readouterr().out == "" and same(stored_weights(loaded), stored_weights(model))
+    assert loaded.embedding.weight.shape[0] > max(ids)
 
 
 @pytest.mark.parametrize("method", METHODS)
