@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from dataset import Lengths, padded_layout
+from dataset import Lengths, StageDataset, padded_layout
+from tokens import TokenTable
+from utils import micro_seed
 
 MOST_PADDING = 0.05
 SMALL_WINDOW = 50  # batches
@@ -62,6 +64,41 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int, lengths: 
         if lengths.total[batches].sum() >= (1 - MOST_PADDING) * widths.sum() * batch_size:
             break
     return [*rng.permutation(batches), *([smaller] if len(smaller) else [])]
+
+
+def numbers_of_epoch(config, table: TokenTable, epoch: int) -> np.ndarray:
+    """The rows of an epoch: all; with `level_epochs` [a, b, ..] only those of level 0 up to epoch a, of 0 and 1 up to b, ..."""
+    if not config.level_epochs:
+        return np.arange(len(table))
+    reached = sum(epoch >= last for last in config.level_epochs)
+    numbers = np.flatnonzero(table.level <= reached)
+    if not len(numbers):
+        raise ValueError(f"level_epochs: {config.train_path} has no row of level {reached} or below, for epoch {epoch + 1}")
+    return numbers
+
+
+def batches_of_epoch(rows: StageDataset, per_update: int) -> list[np.ndarray]:
+    """The row numbers of the batches of the epoch that `rows` are for, `per_update` of them an update.
+
+    With `steps_per_epoch` as many passes over the rows as it takes, or a part of one.
+    """
+    config, numbers = rows.configs, numbers_of_epoch(rows.configs, rows.table, rows.epoch)
+    lengths = rows.lengths(numbers) if config.group_by_length else None
+    most = config.steps_per_epoch and config.steps_per_epoch * per_update
+    batches: list[np.ndarray] = []
+    while not batches or (most and len(batches) < most):
+        seed = config.seed if not batches else micro_seed(config.seed, rows.epoch, len(batches))
+        of_pass = epoch_batches(len(numbers), config.batch_size_training, seed, rows.epoch, lengths)
+        batches += [numbers[batch] for batch in of_pass]
+    return batches[:most]
+
+
+def updates_of_epoch(config, table: TokenTable, epoch: int, per_update: int) -> int:
+    """How many updates an epoch has."""
+    if config.steps_per_epoch:
+        return config.steps_per_epoch
+    batches = math.ceil(len(numbers_of_epoch(config, table, epoch)) / config.batch_size_training)
+    return math.ceil(batches / per_update)
 
 
 def _bucketed(rows: np.ndarray, prefix: np.ndarray, rest: np.ndarray, batch_size: int) -> np.ndarray:

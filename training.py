@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from batches import dealt, epoch_batches, micro_batches, prefetched
+from batches import batches_of_epoch, dealt, micro_batches, prefetched, updates_of_epoch
 from compiled import PREFIX_MULTIPLE
 from dataset import StageDataset, get_cot_latent_dataset
 from evaluate import validate
@@ -128,11 +127,11 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     config, world, epoch, watch = run.config, run.world, position.epoch, run.meter.watch
     stage = config.stage(epoch)
     rows = run.rows(get_cot_latent_dataset, stage, run.train, epoch=epoch)
-    lengths, batches = rows.lengths(), batches_of_epoch(run, epoch, rows)
     parallel, per_update = run.parallel, run.micro_batches_per_update
+    lengths, batches = rows.lengths(), batches_of_epoch(rows, per_update)
     skips = can_skip(optimizer) and not parallel.sharded
     watched = config.optimizer in WITH_MUON  # whose steps the clipping of gradients does not bound
-    of_epochs = [updates_of_epoch(run, e) for e in range(config.num_epochs)]
+    of_epochs = [updates_of_epoch(config, run.train, e, per_update) for e in range(config.num_epochs)]
     n_updates, n_latents = of_epochs[epoch], int(lengths.latents.max())
     earlier, total_updates = sum(of_epochs[:epoch]), sum(of_epochs)
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
@@ -220,38 +219,6 @@ def train_epoch(run, optimizer, position: Position) -> bool:
     ahead.close()
     log.close()
     return position.step == n_updates
-
-
-def numbers_of_epoch(run, epoch: int) -> np.ndarray:
-    """The rows of an epoch: all; with `level_epochs` [a, b, ..] only those of level 0 up to epoch a, of 0 and 1 up to b, ..."""
-    if not run.config.level_epochs:
-        return np.arange(len(run.train))
-    reached = sum(epoch >= last for last in run.config.level_epochs)
-    numbers = np.flatnonzero(run.train.level <= reached)
-    if not len(numbers):
-        raise ValueError(f"level_epochs: {run.config.train_path} has no row of level {reached} or below, for epoch {epoch + 1}")
-    return numbers
-
-
-def batches_of_epoch(run, epoch: int, rows: StageDataset) -> list[np.ndarray]:
-    """The row numbers of an epoch's batches; with `steps_per_epoch` of as many passes over the rows as it takes, or a part."""
-    config, numbers = run.config, numbers_of_epoch(run, epoch)
-    lengths = rows.lengths(numbers) if config.group_by_length else None
-    most = config.steps_per_epoch and config.steps_per_epoch * run.micro_batches_per_update
-    batches: list[np.ndarray] = []
-    while not batches or (most and len(batches) < most):
-        seed = config.seed if not batches else micro_seed(config.seed, epoch, len(batches))
-        of_pass = epoch_batches(len(numbers), config.batch_size_training, seed, epoch, lengths)
-        batches += [numbers[batch] for batch in of_pass]
-    return batches[:most]
-
-
-def updates_of_epoch(run, epoch: int) -> int:
-    """How many updates an epoch has."""
-    if run.config.steps_per_epoch:
-        return run.config.steps_per_epoch
-    batches = math.ceil(len(numbers_of_epoch(run, epoch)) / run.config.batch_size_training)
-    return math.ceil(batches / run.micro_batches_per_update)
 
 
 def host_batch(run, rows: StageDataset, numbers) -> dict:

@@ -28,7 +28,7 @@ from accounting import Shape, training_flops
 from analysis.subject import Subject
 from backbones.memory_layers import Memory, ValueTable
 from backbones.routing import Router
-from batches import epoch_batches
+from batches import batches_of_epoch
 from coconut import Coconut, decoder_blocks
 from dataset import get_cot_latent_dataset
 from optimizers import build_optimizer
@@ -105,8 +105,7 @@ def prepared(subject: Subject, table: TokenTable, stage: int, epoch: int, n: int
     """The first n updates of an epoch of the run."""
     config, ids = subject.config, subject.ids
     rows = get_cot_latent_dataset(stage, table, config, ids.start, ids.latent, ids.end, not config.markers, epoch=epoch)
-    lengths = rows.lengths() if config.group_by_length else None
-    batches = epoch_batches(len(rows), config.batch_size_training, config.seed, epoch, lengths)
+    batches = batches_of_epoch(rows, per_update)
     groups = [batches[i : i + per_update] for i in range(0, len(batches), per_update)]
     return [_step(subject, [rows.batch(numbers, subject.tokenizer.pad_token_id) for numbers in group]) for group in groups[:n]]
 

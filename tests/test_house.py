@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "coconut": {"attention", "generation", "passes", "taps"},
     "backbones": {"backbones", "data"},  # the tiny backbones' tokenizers know the vocabulary of the data
     "dataset": {"tokens"},
-    "batches": {"dataset"},
+    "batches": {"dataset", "tokens", "utils"},
     "utils": {"config_rules", "optimizers"},
     "reporting": {"accounting", "files"},
     "monitoring": {"dataset"},
