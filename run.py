@@ -41,7 +41,7 @@ from saving import Saver, announce_disk_need
 from stopping import DONE, MISTAKE, NOT_FINITE, REQUEUE, Stopped, StopSignals
 from tokens import TokenTable, get_dataset, load_rows, no_garbage_collection
 from training import host_batch, on_device, train, update_size
-from utils import Config, load_config, set_seed
+from utils import Config, keys_and_defaults, load_config, set_seed
 from world import World, process_group
 
 
@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="run.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="keys and defaults:\n"
-        + "\n".join(f"  {name:28}{'required' if f.is_required() else f.default}" for name, f in Config.model_fields.items()),
+        epilog="keys, defaults, and what is allowed:\n" + keys_and_defaults(),
     )
     parser.add_argument("config", help="YAML file, one complete experiment (see args/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")

@@ -15,10 +15,11 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from config_rules import NO_PATH, contradictions
+from config_rules import FEEDBACK_NAMES, NO_PATH, contradictions
 from optimizers import with_preset
 
 PLACEHOLDER = re.compile(r"^YOUR_PATH")
+YAML_NAMES = {"model_options": "model_config"}  # pydantic keeps the latter for itself
 
 
 class Lora(BaseModel):
@@ -68,17 +69,17 @@ class Config(BaseModel):
     debug: bool = False
 
     # what fills a thought, and the backbone
-    feedback_mode: str = "continuous"
+    feedback_mode: str = Field("continuous", description=" | ".join(FEEDBACK_NAMES))
     force_multipass: bool = False
     from_scratch: bool = False
-    model_options: dict[str, Any] = Field(default_factory=dict)  # `model_config` in YAML, a name that pydantic keeps
+    model_options: dict[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
     tf32: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool | Literal["always"] = False
     activation_checkpointing: bool = False
     latent_iterations: int | None = Field(None, ge=1)
-    lora: Lora | None = None
+    lora: Lora | None = Field(None, description="mapping of " + ", ".join(Lora.model_fields))
 
     uniform_range: Literal["steps", "stage"] = "steps"
     latents_follow_steps: bool = False
@@ -131,7 +132,7 @@ class Config(BaseModel):
     # run folder and logging
     auto_resume: bool = True
     checkpoint_format: Literal["stock", "phase1"] = "stock"
-    keep: str = "all"
+    keep: str = Field("all", description="all | best | last K | every N")
     async_save: bool = True
     save_training_state: bool = True
     save_every_steps: int = Field(500, ge=0)
@@ -279,8 +280,33 @@ def check_config(values: dict, source: str, default_name: str | None = None) -> 
     return config.model_copy(update=changes | ({"c_thought": 0} if config.no_thoughts else {}))
 
 
+def keys_and_defaults() -> str:
+    """Every key of a config with its default and what is allowed, a line each."""
+    fields, lines = Config.model_json_schema()["properties"], []
+    for name, field in Config.model_fields.items():
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        lines.append(f"  {YAML_NAMES.get(name, name):27} {default!s:22} {_allowed(fields[name])}".rstrip())
+    return "\n".join(lines)
+
+
+def _allowed(schema: dict) -> str:
+    """What a JSON schema lets through, in words."""
+    if "description" in schema and "$ref" not in schema:
+        return schema["description"]
+    if "anyOf" in schema:
+        return " | ".join(_allowed(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    words = {"boolean": "True | False", "integer": "whole number", "number": "number", "string": "text"}
+    if schema.get("type") == "array":
+        return f"list of {_allowed(schema['items'])}"
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return " ".join([words.get(schema.get("type"), "mapping"), " and ".join(limits)]).strip()
+
+
 def _explain(item: dict) -> str:
-    key = {"model_options": "model_config"}.get(str(item["loc"][0]), str(item["loc"][0]))
+    key = YAML_NAMES.get(str(item["loc"][0]), str(item["loc"][0]))
     fields = Config.model_fields
     if key == "lora" and len(item["loc"]) > 1:
         key, fields = f"lora.{item['loc'][1]}", {f"lora.{name}" for name in Lora.model_fields}

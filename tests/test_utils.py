@@ -6,7 +6,7 @@ import yaml
 from config_material import MINIMAL, config_of, errors
 
 import run
-from utils import load_config, micro_seed
+from utils import Config, keys_and_defaults, load_config, micro_seed
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 
@@ -120,6 +120,20 @@ def test_missing_file_names_the_near_one(tmp_path):
         load_config(tmp_path / "prosqa_m3_cocount.yaml")
     with pytest.raises(ValueError, match="does not exist$"):
         load_config(tmp_path / "zzz" / "q.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------- what is there
+
+
+def test_help_lists_every_key_as_yaml_has_it_with_what_is_allowed():
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in keys_and_defaults().splitlines()}
+    assert lines.keys() == {*Config.model_fields} - {"model_options"} | {"model_config"}
+    assert lines["c_thought"] == ["1", "whole number >= 0"] and lines["device"] == ["auto", "auto | cpu | cuda | mps"]
+    assert lines["feedback_mode"][1].startswith("continuous | frozen") and lines["model_config"] == ["{}", "mapping"]
+    assert lines["lora"] == ["None", "mapping of r, alpha, dropout, target_modules"]
+    assert lines["bf16"] == ["False", "True | False | pure"] and lines["name"] == ["required", "text"]
+    assert lines["grokfast_alpha"] == ["0.98", "number >= 0 and < 1"]
+    assert lines["level_epochs"] == ["None", "list of whole number >= 1"]
 
 
 # ---------------------------------------------------------------------------------------------------- seeds
