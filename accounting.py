@@ -119,15 +119,19 @@ class Shape(NamedTuple):
     frozen_head: bool = False
 
     @classmethod
-    def of(cls, base_causallm, blocks: Iterable[torch.nn.Module]) -> "Shape":
-        """The shape of a Hugging Face causal LM with these decoder blocks. Dense models: all experts of a mixture count."""
+    def of(cls, base_causallm, blocks: Iterable[torch.nn.Module], frozen: bool = False) -> "Shape":
+        """The shape of a Hugging Face causal LM with these decoder blocks. Dense models: all experts of a mixture count.
+
+        `frozen`: weights that need no gradient now are none that training moves (LoRA); a model that was loaded to be
+        evaluated says nothing of that.
+        """
         config, blocks = base_causallm.config, list(blocks)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         head = base_causallm.get_output_embeddings() or base_causallm.get_input_embeddings()
         matrices = [p for block in blocks for p in block.parameters() if p.ndim >= 2]
-        frozen = sum(p.numel() for p in matrices if not p.requires_grad)
+        still = sum(p.numel() for p in matrices if not p.requires_grad) if frozen else 0
         sizes = (config.num_attention_heads * head_size, config.hidden_size, head.weight.shape[0])
-        return cls(len(blocks), *sizes, sum(p.numel() for p in matrices), frozen, not head.weight.requires_grad)
+        return cls(len(blocks), *sizes, sum(p.numel() for p in matrices), still, frozen and not head.weight.requires_grad)
 
 
 def training_flops(shape: Shape, lengths, labelled: int, full_head: bool = False) -> float:

@@ -217,7 +217,7 @@ def speed_up(run: Run) -> None:
     blocks = decoder_blocks(base) if config.activation_checkpointing else countable_blocks(base)
     precision = "bf16" if config.bf16 else "tf32" if config.tf32 else "fp32"
     peak = peak_flops(world.device, precision, config.peak_tflops)
-    run.meter = Meter(world.device, Shape.of(base, blocks), None if peak is None else peak * world.size)
+    run.meter = Meter(world.device, Shape.of(base, blocks, frozen=True), None if peak is None else peak * world.size)
     if config.activation_checkpointing:
         recompute_blocks(blocks)
     if config.batch_size_training == "auto":

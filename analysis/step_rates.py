@@ -75,8 +75,8 @@ def step_flops(base, lengths_B: Sequence[int], selected_BM: np.ndarray | None, l
     """
     blocks = list(decoder_blocks(base))
     shape, T_B = Shape.of(base, blocks), np.asarray(lengths_B, dtype=np.float64)
-    total = training_flops(shape._replace(n_layers=0, block_parameters=0, frozen_parameters=0), T_B, labelled)  # the head
-    one_layer = shape._replace(n_layers=1, d_model=0, frozen_parameters=0)
+    total = training_flops(shape._replace(n_layers=0, block_parameters=0), T_B, labelled)  # the head
+    one_layer = shape._replace(n_layers=1, d_model=0)
     for cost in block_costs(base):
         taken_B = T_B if cost.routed is None else selected_BM[:, cost.routed]
         total += training_flops(one_layer._replace(block_parameters=cost.per_token), taken_B, 0)

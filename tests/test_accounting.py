@@ -161,7 +161,8 @@ def test_frozen_weights_cost_no_gradients_of_their_own(eager):
     for block in decoder_blocks(frozen):
         block.requires_grad_(False)
     ids = torch.randint(60, (5, 24))
-    shape = shape_of(frozen)
+    shape = Shape.of(frozen, decoder_blocks(frozen), frozen=True)
+    assert shape_of(frozen) == shape_of(eager), "unless it is asked for"
     assert shape.frozen_parameters == shape.block_parameters and not shape.frozen_head
     upper_half = 6 * shape.n_layers * shape.width * 5 * 24**2
     whole = counted(lambda: frozen(input_ids=ids, labels=ids).loss)

@@ -13,6 +13,7 @@ from run_material import write_config
 from tiny import FAMILIES, build, collate, gradients, token_rows, wrap
 
 import run
+from accounting import Shape
 from checkpoint import build_model, load_run, read_weights, stored_weights
 from lora import add_adapters, fingerprint, has_adapters, load_trained, merged_weights, trained
 from recompute import recompute_blocks
@@ -95,6 +96,16 @@ def test_the_number_of_trained_parameters():
     plain = wrap(build("gpt2"), "none")
     assert "rows" not in add_adapters(plain, Lora(r=2), [], seed=0)
     assert not any("new_rows" in name for name in plain.state_dict())
+
+
+def test_frozen_weights_are_known_to_the_count_of_operations():
+    """What a weight's own gradient costs is spared for all matrices but the updates."""
+    base = build("gpt2")
+    plain = Shape.of(base, decoder_blocks(base), frozen=True)
+    assert not plain.frozen_parameters and not plain.frozen_head
+    base = adapted("gpt2")[0].base_causallm
+    shape = Shape.of(base, decoder_blocks(base), frozen=True)
+    assert shape.frozen_parameters == plain.block_parameters < shape.block_parameters and shape.frozen_head
 
 
 def test_pause_vectors_stay_trained_or_frozen():
