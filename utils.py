@@ -315,6 +315,9 @@ def _explain(item: dict) -> str:
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{key}: missing"
+    if item["type"] in ("dict_type", "list_type", "model_type") and item["loc"][0] in Config.model_fields:
+        schema = Config.model_json_schema()["properties"][item["loc"][0]]
+        return f"{key}: must be a {_allowed(schema)}, got {item['input']!r}"
     said = item["msg"].removeprefix("Value error, ")
     return f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r}"
 

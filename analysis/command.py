@@ -45,3 +45,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return getattr(error, "exit_code", MISTAKE)
 
     return guarded
+
+
+def seed_list(said: str) -> list[int]:
+    """`0,1` as numbers. ValueError for anything else."""
+    try:
+        return [int(seed) for seed in said.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {said}: must be whole numbers by comma, as 0,1") from None

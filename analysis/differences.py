@@ -48,7 +48,7 @@ class Side:
     def read(cls, folder: Path) -> "Side":
         """ValueError where the folder is none of a run, or where a file in it can't be read."""
         if not folder.is_dir():
-            raise ValueError(f"no run folder at {folder}")
+            raise ValueError(f"no run folder at {folder}; name one, which has run.json and metrics.jsonl")
         side = cls(folder)
         if not (side.checkpoints or any((folder / name).is_file() for name in ("run.json", "metrics.jsonl"))):
             inside = sorted(path.parent.name for path in folder.glob("*/run.json"))

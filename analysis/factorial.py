@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python analysis/factorial.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis.command import command, parser_of  # noqa: E402
+from analysis.command import command, parser_of, seed_list  # noqa: E402
 from analysis.factorial_plan import FLAGS, Plan, load_factorial  # noqa: E402
 from analysis.factorial_report import gathered, text, write  # noqa: E402
 from analysis.factorial_stats import FUTILE_AFTER, power_text  # noqa: E402
@@ -97,14 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     if left:
         print(f"error: not done: {', '.join(left)}", file=sys.stderr)
     return int(bool(left))
-
-
-def seed_list(said: str) -> list[int]:
-    """`0,1` as numbers. ValueError for anything else."""
-    try:
-        return [int(seed) for seed in said.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {said}: must be whole numbers by comma, as 0,1") from None
 
 
 if __name__ == "__main__":

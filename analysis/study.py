@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as `python analysis/study.py`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis import curriculum, gates, report, verdict  # noqa: E402
-from analysis.command import command, parser_of  # noqa: E402
+from analysis.command import command, parser_of, seed_list  # noqa: E402
 from analysis.jobs import Job, run_jobs  # noqa: E402
 from analysis.measure import experiment  # noqa: E402
 from analysis.study_plan import Plan, load_study_config  # noqa: E402
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="only these repeats (0 is the first seed), by comma")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with estimated hours and stop")
     args = parser.parse_args(argv)
-    models, repeats = args.models and args.models.split(","), args.seeds and [int(s) for s in args.seeds.split(",")]
+    models, repeats = args.models and args.models.split(","), args.seeds and seed_list(args.seeds)
     plan = Plan(load_study_config(args.config), args.quick, models, repeats)
     jobs = plan.jobs()
     show(plan, jobs)

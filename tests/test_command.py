@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from analysis.command import CheckFailed, command, parser_of
+from analysis.command import CheckFailed, command, parser_of, seed_list
 from stopping import Stopped, StopSignals
 
 
@@ -70,3 +70,9 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [(False, signal.SIG_DFL)]
+
+
+def test_seeds_by_comma_or_one_line_that_says_so():
+    assert seed_list("0,12") == [0, 12]
+    with pytest.raises(ValueError, match=r"^--seeds zero: must be whole numbers by comma, as 0,1$"):
+        seed_list("zero")

@@ -279,7 +279,7 @@ def test_disk_need_counts_updates_not_the_model_for_resuming(lora_run):
         ({"r": 0}, "lora.r: input should be greater than or equal to 1, got 0"),
         ({"dropout": 1.0}, "lora.dropout: input should be less than 1"),
         ({"target_modules": []}, "lora.target_modules: "),
-        ("yes", "lora: "),
+        ("yes", "lora: must be a mapping of r, alpha, dropout, target_modules, got 'yes'"),
     ],
 )
 def test_a_wrong_key_is_one_clear_error(make, capsys, lora, message):

@@ -58,6 +58,12 @@ def test_wrong_value_is_refused_naming_key_and_value(tmp_path, key, value):
     assert f" {key}: " in message and str(value) in message
 
 
+def test_a_wrong_kind_of_value_says_what_is_wanted(tmp_path):
+    message = errors(tmp_path, MINIMAL | {"level_epochs": "abc", "model_config": 3})
+    assert "level_epochs: must be a list of whole number >= 1, got 'abc'" in message
+    assert "model_config: must be a mapping, got 3" in message
+
+
 @pytest.mark.parametrize("missing", ["save_path", "val_path", "train_path"])
 @pytest.mark.parametrize("empty", [False, True], ids=["absent", "null"])
 def test_required_key_is_missed(tmp_path, missing, empty):
